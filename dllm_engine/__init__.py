@@ -1,0 +1,11 @@
+"""dllm-engine: fast decoding for masked diffusion language models (LLaDA and its family)."""
+
+from dllm_engine import policies
+from dllm_engine._version import __version__
+from dllm_engine.config import LLaDAConfig
+from dllm_engine.decode import DecodeOutput, decode
+from dllm_engine.filter import LearnedFilter
+from dllm_engine.generate import generate
+from dllm_engine.model import LLaDA
+
+__all__ = ["DecodeOutput", "LLaDA", "LLaDAConfig", "LearnedFilter", "__version__", "decode", "generate", "policies"]

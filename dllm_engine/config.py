@@ -1,0 +1,121 @@
+"""The part of a LLaDA checkpoint's ``config.json`` that the engine reads, checked before a weight is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# What the transformer in `model.py` computes. A checkpoint that asks for anything else is refused: running it
+# anyway would give fluent, wrong text.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu", "swiglu"),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "bias_for_layer_norm": (False, None),
+    "clip_qkv": (None,),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "rope_full_precision": (True,),
+    "scale_logits": (False,),
+}
+
+
+@dataclass(frozen=True)
+class LLaDAConfig:
+    """Sizes, ids and constants of a LLaDA model (LLaDA-8B, LLaDA-1.5, iLLaDA: one family).
+
+    Attributes:
+        embedding_size: rows of the embedding and of the LM head; at least ``vocab_size``.
+        eos_token_ids: end ids named by the config. `LLaDA.end_ids` adds the tokenizer's and generation config's.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp_hidden_size: int
+    vocab_size: int
+    embedding_size: int
+    max_sequence_length: int
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    rms_norm_eps: float
+    rope_theta: float
+    weight_tying: bool
+    include_qkv_bias: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def fill_id(self) -> int:
+        """The id that positions after the end of text hold."""
+        return self.eos_token_ids[0]
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> LLaDAConfig:
+        """Read the original (OLMo-style) keys of a LLaDA ``config.json``.
+
+        Raises:
+            ValueError: another architecture, a missing key, or a setting that this transformer does not compute.
+        """
+        if raw.get("model_type") != "llada":
+            raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' checkpoints")
+        for key, allowed in _FIXED.items():
+            if key in raw and raw[key] not in allowed:
+                raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
+
+        def need(key: str) -> Any:
+            if raw.get(key) is None:
+                hint = " (without it no position can be masked)" if key == "mask_token_id" else ""
+                raise ValueError(f"{source}: key {key!r} is missing{hint}")
+            return raw[key]
+
+        d_model, n_heads = int(need("d_model")), int(need("n_heads"))
+        n_kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else n_heads)
+        vocab_size = int(need("vocab_size"))
+        eos = need("eos_token_id")
+        config = cls(
+            d_model=d_model,
+            n_layers=int(need("n_layers")),
+            n_heads=n_heads,
+            n_kv_heads=int(n_kv_heads),
+            mlp_hidden_size=int(raw.get("mlp_hidden_size") or need("mlp_ratio") * d_model),
+            vocab_size=vocab_size,
+            embedding_size=int(raw.get("embedding_size") or vocab_size),
+            max_sequence_length=int(need("max_sequence_length")),
+            mask_token_id=int(need("mask_token_id")),
+            eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list | tuple) else [eos])),
+            rms_norm_eps=float(need("rms_norm_eps")),
+            rope_theta=float(need("rope_theta")),
+            weight_tying=bool(need("weight_tying")),
+            include_qkv_bias=bool(raw.get("include_qkv_bias")),
+        )
+        config._check(source)
+        return config
+
+    def _check(self, source: str) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{source}: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"{source}: d_model {self.d_model} over n_heads {self.n_heads} must be a whole, even head size"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{source}: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.embedding_size < self.vocab_size:
+            raise ValueError(f"{source}: embedding_size {self.embedding_size} < vocab_size {self.vocab_size}")
+        if not self.eos_token_ids:
+            raise ValueError(f"{source}: eos_token_id is empty; at least one end id is needed")
+        for name, ids in (("mask_token_id", (self.mask_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            for i in ids:
+                if not 0 <= i < self.embedding_size:
+                    raise ValueError(f"{source}: {name} {i} is outside the {self.embedding_size} embedding rows")
+        if self.mask_token_id in self.eos_token_ids:
+            raise ValueError(f"{source}: mask_token_id {self.mask_token_id} is also an eos_token_id")

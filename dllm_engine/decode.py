@@ -1,0 +1,183 @@
+"""decode(): the loop. Model call, statistics, rule, commit; then one small read tells the host where each sequence is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_engine import backends, inputs, policies
+from dllm_engine.forward import Forward
+from dllm_engine.model import LLaDA
+from dllm_engine.policies import Policy
+from dllm_engine.reference import commit_, row_stats
+from dllm_engine.state import DecodeState
+from dllm_engine.streaming import SequenceStream
+
+
+@dataclass(frozen=True)
+class DecodeOutput:
+    """What `decode` returns.
+
+    Attributes:
+        sequences: LongTensor [B, P + gen_length]; positions after the end of the text hold the end token.
+        forward_passes: model calls made; a refresh, or guidance's doubled batch, is one.
+        sequence_passes: LongTensor [B], calls that a sequence took part in.
+        generated_tokens: LongTensor [B], tokens before the first end id.
+        settings: what was resolved: policy, cache, end_of_text, backend, seed.
+    """
+
+    sequences: Tensor
+    forward_passes: int
+    sequence_passes: Tensor
+    generated_tokens: Tensor
+    settings: dict[str, Any]
+
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """FloatTensor [B]: generated_tokens / sequence_passes."""
+        return self.generated_tokens / self.sequence_passes
+
+
+@torch.inference_mode()
+def decode(
+    model: LLaDA | nn.Module,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    *,
+    attention_mask: Tensor | None = None,
+    gen_length: int = 128,
+    block_length: int = 32,
+    steps: int | None = None,
+    policy: Policy | str = "auto",
+    cache: str = "dual",
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    end_of_text: str = "auto",
+    seed: int | Sequence[int] | None = None,
+    backend: str = "auto",
+    streamer: Any = None,
+) -> DecodeOutput:
+    """Decode prompts block by block; a batch gives each sequence the tokens that it gets alone.
+
+    Args:
+        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM`` (its tensors are shared).
+        input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints.
+        gen_length: tokens to generate, a multiple of ``block_length``.
+        steps: total steps of LLaDA's static schedule; without it one position a step is guaranteed.
+        policy: a name of `policies.names`, a policy object, or ``"auto"`` (see `policies.resolve`).
+        cache: ``"none"``, ``"prefix"`` or ``"dual"`` (Fast-dLLM, arXiv 2505.22618).
+        temperature: 0 takes the best token; above, tokens are drawn from softmax(logits / temperature).
+        cfg_scale: classifier-free guidance; 0 is off.
+        end_of_text: ``"committed"`` stops a sequence after an end id that it committed, ``"off"`` decodes every
+            position, ``"auto"`` is ``"committed"``.
+        seed: int (sequence i gets seed + i) or one a sequence; None draws one, told in ``settings``.
+        backend: ``"auto"`` or a name that ``dllm-engine info`` lists.
+        streamer: object with ``put``, ``put_draft`` and ``end``, such as transformers' ``TextDiffusionStreamer``; for
+            a batch of one.
+
+    Raises:
+        TypeError, ValueError: a bad argument, before the first forward pass.
+        RuntimeError: the model gave NaN, naming sequence and position.
+    """
+    if not isinstance(model, LLaDA):
+        model = LLaDA.from_transformers(model)
+    inputs.check_options(cache=cache, end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
+    prompt, padding = inputs.check_prompt(model, input_ids, attention_mask)
+    longest_prompt = prompt.shape[1] - int(padding.min())  # host: input checks, once per decode
+    inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
+    seeds = inputs.check_seeds(seed, len(prompt))
+    rule = policies.resolve(policy, model, block_length=block_length, cache=cache)
+    end_of_text = "committed" if end_of_text == "auto" else end_of_text
+    settings = {
+        "policy": rule, "cache": cache, "end_of_text": end_of_text, "backend": backends.resolve(backend), "seed": seeds
+    }  # fmt: skip
+    return run(
+        model,
+        DecodeState(
+            prompt,
+            padding,
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps if steps is not None else rule.default_steps(gen_length),
+            seeds=seeds,
+            mask_id=model.mask_id,
+            fill_id=model.fill_id,
+        ),
+        rule,
+        settings,
+        temperature=temperature,
+        cfg_scale=cfg_scale,
+        streamer=streamer,
+    )
+
+
+def run(
+    model: LLaDA,
+    state: DecodeState,
+    rule: Policy,
+    settings: dict[str, Any],
+    *,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    extra_banned: tuple[int, ...] = (),
+    excluded_ids: tuple[int, ...] = (),
+    streamer: Any = None,
+) -> DecodeOutput:
+    """The loop behind `decode` and `generate`, on checked arguments."""
+    device = model.device
+    forward = Forward(model, state, cache=settings["cache"], cfg_scale=cfg_scale)
+    stream = SequenceStream(streamer, state)
+    banned = (model.mask_id, *range(model.vocab_size, model.config.embedding_size), *extra_banned)
+    end_ids = torch.tensor(model.end_ids, device=device)
+    passes, sequence_passes = 0, [0] * state.batch
+    where = state.report().tolist()  # host: where every sequence starts
+
+    while unfinished := [b for b, (start, end, _, _) in enumerate(where) if start < end]:
+        beginning = [b for b in unfinished if where[b][2] == 0]
+        refresh = settings["cache"] != "none" and bool(beginning)
+        joining = beginning if refresh else unfinished
+        starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
+        width = min(state.block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
+
+        sequences = torch.tensor(joining, device=device)
+        hidden = forward(
+            sequences, refresh=refresh, width=width, first=min(starts), shortest=min(ends), longest=max(ends)
+        )
+        block = state.block(sequences, width)
+        stats = row_stats(
+            hidden.flatten(0, 1),
+            model.lm_head,
+            torch.arange(len(joining) * width, device=device),
+            banned_ids=banned,
+            excluded_ids=excluded_ids,
+            temperature=temperature,
+            noise_keys=block.noise_keys.flatten(0, 1),
+        ).reshape(len(joining), width)
+        score, selected = rule.score(stats, block), rule.select(stats, block)
+        commit_(state, block, stats, score, selected, end_ids=end_ids if settings["end_of_text"] != "off" else None)
+
+        passes += 1
+        for b in joining:
+            sequence_passes[b] += 1
+        where = state.report().tolist()  # host: the one read between steps; decides who joins the next call
+        for b in joining:
+            if where[b][3] < state.length:
+                raise RuntimeError(
+                    f"no valid token for sequence {b} at position {where[b][3]}: the model gave NaN or infinite logits, or"
+                    " every id is banned"
+                )
+        stream.step(where[0])
+
+    stream.end()
+    generated = state.tokens[:, state.prompt_length :]
+    is_end = torch.isin(generated, end_ids)
+    return DecodeOutput(
+        sequences=state.tokens,
+        forward_passes=passes,
+        sequence_passes=torch.tensor(sequence_passes, device=device),
+        generated_tokens=(is_end.cumsum(1) == 0).sum(1),
+        settings=settings,
+    )

@@ -1,0 +1,95 @@
+"""generate(): LLaDA's own signature, so that a script changes one import."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dllm_engine import backends, inputs
+from dllm_engine.decode import run
+from dllm_engine.model import LLaDA
+from dllm_engine.policies import Random, TopK
+from dllm_engine.state import DecodeState
+
+_LLADA_MASK_ID = 126336  # the default of LLaDA's generate(): here it means the model's own mask id
+_REMASKING = {"low_confidence": TopK, "random": Random}
+
+
+@torch.inference_mode()
+def generate(
+    model: LLaDA | nn.Module,
+    prompt: Tensor,
+    attention_mask: Tensor | None = None,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = _LLADA_MASK_ID,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+) -> Tensor:
+    """LLaDA's ``generate`` (arXiv 2502.09992): the static schedule, no cache, every position decoded.
+
+    In float32 at temperature 0 with ``low_confidence`` and unpadded prompts the tokens equal the original's; otherwise
+    they have the same distribution. The mask id is never written. A seed for sampling is drawn from torch's global
+    generator, so ``torch.manual_seed`` makes a run repeatable.
+
+    Args:
+        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM``.
+        prompt: LongTensor [B, P], left-padded where ``attention_mask`` is 0.
+        steps: total steps; the number of blocks must divide it.
+        remasking: ``"low_confidence"`` or ``"random"``.
+        mask_id: the default means the model's own; any other value must equal it.
+        logits_eos_inf: the end id is never chosen and leaves the normaliser.
+        confidence_eos_eot_inf: all end ids get confidence 0 and leave the normaliser; they can still be chosen last.
+
+    Returns:
+        LongTensor [B, P + gen_length].
+
+    Raises:
+        TypeError, ValueError: a bad argument, before the first forward pass.
+    """
+    if not isinstance(model, LLaDA):
+        model = LLaDA.from_transformers(model)
+    if remasking not in _REMASKING:
+        raise ValueError(f"remasking: {remasking!r} given; known: {', '.join(_REMASKING)}")
+    if mask_id not in (_LLADA_MASK_ID, model.mask_id):
+        raise ValueError(f"mask_id: {mask_id} given; this model's mask id is {model.mask_id}")
+    inputs.check_options(cache="none", end_of_text="off", temperature=temperature, cfg_scale=cfg_scale)
+    ids, padding = inputs.check_prompt(model, prompt, attention_mask)
+    longest = ids.shape[1] - int(padding.min())  # host: input checks, once per call
+    inputs.check_lengths(model, longest, gen_length=gen_length, block_length=block_length, steps=steps)
+    seeds = inputs.check_seeds(None, len(ids))
+    state = DecodeState(
+        ids,
+        padding,
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        seeds=seeds,
+        mask_id=model.mask_id,
+        fill_id=model.fill_id,
+    )
+    excluded: tuple[int, ...] = (model.fill_id,) if logits_eos_inf else ()
+    if confidence_eos_eot_inf:
+        excluded = model.end_ids
+    rule = _REMASKING[remasking]()
+    settings = {
+        "policy": rule,
+        "cache": "none",
+        "end_of_text": "off",
+        "backend": backends.resolve("auto"),
+        "seed": seeds,
+    }
+    return run(
+        model,
+        state,
+        rule,
+        settings,
+        temperature=temperature,
+        cfg_scale=cfg_scale,
+        extra_banned=(model.fill_id,) if logits_eos_inf else (),
+        excluded_ids=excluded,
+    ).sequences

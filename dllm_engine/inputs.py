@@ -1,0 +1,138 @@
+"""Checks of everything a caller hands to `decode`, before the first forward pass. Every message names its argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_engine.forward import CACHES
+from dllm_engine.model import LLaDA
+
+END_OF_TEXT = ("auto", "off", "committed")
+
+
+def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    """Left-padded prompt int64 [B, P] and padding int64 [B], both on the model's device.
+
+    Raises:
+        TypeError, ValueError: see the messages.
+    """
+    if isinstance(input_ids, Tensor):
+        ids = input_ids
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids: shape {list(ids.shape)} given; [B, P] is needed")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: dtype {ids.dtype} given; torch.int64 is needed")
+        if 0 in ids.shape:
+            raise ValueError(f"input_ids: shape {list(ids.shape)} given; neither batch nor prompt may be empty")
+        ids = ids.to(model.device, torch.int64)
+        padding = _padding(attention_mask, ids)
+    else:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: goes with a tensor; lists of ids are padded inside")
+        ids, padding = _pad(input_ids, model.fill_id, model.device)
+    rows = model.config.embedding_size
+    low, high = int(ids.min()), int(ids.max())  # host: input checks, once per decode
+    if low < 0 or high >= rows:
+        raise ValueError(f"input_ids: id {low if low < 0 else high} given; the model has ids 0 to {rows - 1}")
+    return ids, padding
+
+
+def _padding(mask: Any, ids: Tensor) -> Tensor:
+    if mask is None:
+        return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: {given} given; a tensor of input_ids' shape {list(ids.shape)} is needed")
+    mask = mask.to(ids.device)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask: values other than 0 and 1 given")
+    mask = mask.bool()
+    if (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise ValueError("attention_mask: a 0 follows a 1; only left padding is allowed")
+    if not mask[:, -1].all():
+        raise ValueError("attention_mask: a prompt without any token; every row needs at least one 1")
+    return (~mask).sum(1)
+
+
+def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if (
+        not isinstance(prompts, Sequence)
+        or isinstance(prompts, str)
+        or not all(isinstance(p, Sequence) for p in prompts)
+    ):
+        raise TypeError(
+            f"input_ids: {type(prompts).__name__} given; a LongTensor [B, P] or a list of lists of ints is needed"
+        )
+    if not prompts:
+        raise ValueError("input_ids: an empty batch given")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"input_ids: prompt {i} is empty")
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            raise TypeError(f"input_ids: prompt {i} holds something other than ints; encode text with model.tokenizer")
+    width = max(map(len, prompts))
+    padding = [width - len(p) for p in prompts]
+    ids = [[fill_id] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)]
+    try:
+        return torch.tensor(ids, device=device), torch.tensor(padding, device=device)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"input_ids: an id does not fit 64 bits ({error})") from None
+
+
+def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_length: int, steps: int | None) -> None:
+    """Lengths that do not fit each other or the model raise ValueError."""
+    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
+        if value is None and name == "steps":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: {value!r} given; an int is needed")
+        if value < 1:
+            raise ValueError(f"{name}: {value} given; at least 1 is needed")
+    if gen_length % block_length:
+        raise ValueError(f"block_length: {block_length} given; it must divide gen_length {gen_length}")
+    blocks = gen_length // block_length
+    if steps is not None and min(steps, gen_length) % blocks:
+        raise ValueError(
+            f"steps: {steps} given; the {blocks} blocks (gen_length {gen_length} / block_length {block_length}) must divide it"
+        )
+    limit = model.config.max_sequence_length
+    if longest_prompt + gen_length > limit:
+        raise ValueError(
+            f"gen_length: a prompt of {longest_prompt} tokens + {gen_length} exceeds the model's max_sequence_length {limit}"
+        )
+
+
+def check_options(*, cache: str, end_of_text: str, temperature: float, cfg_scale: float) -> None:
+    """Unknown names and numbers out of range raise ValueError."""
+    for name, value, known in (("cache", cache, CACHES), ("end_of_text", end_of_text, END_OF_TEXT)):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} given; known: {', '.join(known)}")
+    for name, number in (("temperature", temperature), ("cfg_scale", cfg_scale)):
+        if not (isinstance(number, int | float) and math.isfinite(number) and number >= 0):
+            raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0 is needed")
+
+
+def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """One seed a sequence: s, s + 1, … from an int; None draws one from torch's global generator.
+
+    Raises:
+        TypeError, ValueError: not an int in [0, 2^63), or a list of another length than the batch.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(batch)]
+    elif isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
+        seeds = list(seed)
+        if len(seeds) != batch:
+            raise ValueError(f"seed: {len(seeds)} seeds given for a batch of {batch}")
+    else:
+        raise TypeError(f"seed: {seed!r} given; an int, a list of ints or None is needed")
+    if any(not 0 <= s < 2**63 for s in seeds):
+        raise ValueError(f"seed: {seed} given; seeds (seed + sequence) must lie in 0 to 2^63 − 1")
+    return seeds

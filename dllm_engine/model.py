@@ -1,0 +1,219 @@
+"""LLaDA's transformer on one page: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU.
+
+The module names are the checkpoint's own, so the name map is one prefix (`weights.PREFIX`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm_engine.config import LLaDAConfig
+
+if TYPE_CHECKING:
+    from dllm_engine.kv_cache import LayerCache
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32; cast back *before* the weight is applied, as LLaDA was trained."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves (NeoX style) in float32. x [B, H, S, Dh]; cos, sin [B, 1, S, Dh]."""
+    x32 = x.float()
+    left, right = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_proj = nn.Linear(d, d, bias=bias)
+        self.k_proj = nn.Linear(d, kv_size, bias=bias)
+        self.v_proj = nn.Linear(d, kv_size, bias=bias)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)  # the gate
+        self.up_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        b, s, d = x.shape
+        h = self.attn_norm(x)
+        q, k, v = (
+            proj(h).view(b, s, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=self.grouped)
+        x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class LLaDA(nn.Module):
+    """A masked diffusion language model of the LLaDA family.
+
+    Attributes:
+        config: sizes and ids from ``config.json``.
+        vocab_size: ids that may be written; rows of the head beyond it are padding.
+        mask_id, end_ids, fill_id: the mask token, every end-of-text token, the one that fills after the end.
+        path: the checkpoint directory, or None for a model built in memory.
+    """
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        if not config.weight_tying:
+            self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.path: Path | None = None
+        self.vocab_size = config.vocab_size
+        self.end_ids = config.eos_token_ids
+        self._tokenizer: Any = None
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> LLaDA:
+        """Load a Hugging Face checkpoint: a directory, or a hub id when ``huggingface_hub`` can reach the hub.
+
+        Args:
+            path: directory with ``config.json`` and ``model.safetensors`` (or shards with an index), or a hub id.
+            device: where the weights go; a GPU if there is one, else the CPU.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or the torch dtype; the checkpoint's own by default.
+
+        Raises:
+            FileNotFoundError: no such directory, or a file is missing in it.
+            ValueError: an unsupported or incomplete config, or weights that do not fit it.
+        """
+        from dllm_engine.weights import load_pretrained
+
+        return load_pretrained(path, device=device, dtype=dtype)
+
+    @classmethod
+    def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
+        """Wrap a loaded transformers ``LLaDAModelLM``; tensors are shared, not copied.
+
+        Only the module's ``config`` and the names of its tensors are read. ``vocab_size`` is ``len(tokenizer)``;
+        without it every row of the head up to the config's ``vocab_size`` may be written.
+        """
+        from dllm_engine.weights import share_transformers
+
+        return share_transformers(module, vocab_size)
+
+    # -- what the engine reads ----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.weight.dtype
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.mask_token_id
+
+    @property
+    def fill_id(self) -> int:
+        return self.config.fill_id
+
+    @property
+    def lm_head(self) -> Tensor:
+        """Head weight [V, D]; the embedding itself where they are tied."""
+        return self.wte.weight if self.config.weight_tying else self.ff_out.weight
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer beside the weights (loaded on first use, from local files only).
+
+        Raises:
+            FileNotFoundError: the model has no directory, or there is no tokenizer in it.
+        """
+        if self._tokenizer is None:
+            from dllm_engine.tokenizer import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.path)
+        return self._tokenizer
+
+    # -- computation --------------------------------------------------------------------------------------------
+
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, 1, S, Dh] in float32 for positions [B, S]."""
+        if self._rope is None or self._rope[0].device != positions.device:
+            config = self.config
+            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+            inverse = 1.0 / (config.rope_theta ** (exponent / config.head_dim))
+            steps = torch.arange(config.max_sequence_length, dtype=torch.float32, device=positions.device)
+            angle = torch.outer(steps, inverse).repeat(1, 2)
+            self._rope = angle.cos(), angle.sin()
+        cos, sin = self._rope
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Final, normed hidden states of the given rows.
+
+        Args:
+            tokens: LongTensor [B, S].
+            positions: LongTensor [B, S], RoPE positions, counted from each sequence's first real token.
+            key_mask: bool [B, 1, 1, K], False where a key must not be seen; None if all are seen. K is S without
+                caches, else the cached length.
+            caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
+
+        Returns:
+            [B, S, D] in the model's dtype.
+        """
+        cos, sin = self.rope_tables(positions)
+        x = self.wte(tokens)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, key_mask, caches[i] if caches is not None else None)
+        return self.ln_f(x)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, L, V] of every position, for training and tests; decoding never makes them.
+
+        Args:
+            input_ids: LongTensor [B, L].
+            attention_mask: [B, L], 0 on left padding; None if there is none.
+        """
+        b, length = input_ids.shape
+        if attention_mask is None:
+            positions = torch.arange(length, device=input_ids.device).expand(b, length)
+            hidden = self.hidden_states(input_ids, positions)
+        else:
+            real = attention_mask.bool()
+            positions = (real.long().cumsum(1) - 1).clamp_min(0)
+            hidden = self.hidden_states(input_ids, positions, real[:, None, None, :])
+        return F.linear(hidden, self.lm_head)

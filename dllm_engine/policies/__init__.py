@@ -1,0 +1,69 @@
+"""Commit rules, one small file each. `names` lists them, `resolve` makes one from a name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from dllm_engine.filter import FILTER_FILE, LearnedFilter
+from dllm_engine.policies.base import Policy
+from dllm_engine.policies.learn2pd import Learn2PD
+from dllm_engine.policies.threshold import Factor, Threshold
+from dllm_engine.policies.topk import Random, TopK
+
+if TYPE_CHECKING:
+    from dllm_engine.model import LLaDA
+
+__all__ = ["Factor", "Learn2PD", "Policy", "Random", "Threshold", "TopK", "names", "resolve"]
+
+_RULES: dict[str, type[Policy]] = {rule.name: rule for rule in (TopK, Random, Threshold, Factor, Learn2PD)}
+
+
+def names() -> list[str]:
+    """Names that ``decode(policy=...)`` takes beside ``"auto"``."""
+    return list(_RULES)
+
+
+def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str) -> Policy:
+    """A checked policy object from an object, a name or ``"auto"``.
+
+    ``"auto"`` is Learn2PD with the filter that lies beside the model's ``config.json``, else ``Threshold(0.9)``; a
+    shipped filter that does not fit (ids, block length) gives a warning and the threshold.
+
+    Raises:
+        ValueError: unknown name, or the rule cannot run with this model, block length and cache.
+        TypeError: neither a name nor a policy object.
+    """
+    if isinstance(policy, str):
+        if policy == "auto":
+            return _auto(model, block_length, cache)
+        if policy not in _RULES:
+            raise ValueError(f"policy: {policy!r} given; known: auto, {', '.join(_RULES)}")
+        policy = Learn2PD(_shipped_filter(model)) if policy == Learn2PD.name else _RULES[policy]()
+    if not (hasattr(policy, "score") and hasattr(policy, "select")):
+        raise TypeError(
+            f"policy: {type(policy).__name__} given; a name or an object with score() and select() is needed"
+        )
+    policy.check(model, block_length=block_length, cache=cache)
+    return policy
+
+
+def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:
+    if model.path is None or not (model.path / FILTER_FILE).exists():
+        return Threshold()
+    try:
+        policy = Learn2PD(_shipped_filter(model))
+        policy.check(model, block_length=block_length, cache=cache)
+    except ValueError as error:
+        warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=4)
+        return Threshold()
+    return policy
+
+
+def _shipped_filter(model: LLaDA) -> LearnedFilter:
+    if model.path is None or not (model.path / FILTER_FILE).exists():
+        raise ValueError(
+            f"policy: 'learn2pd' by name needs {FILTER_FILE} beside the model's config.json; "
+            "give Learn2PD('path/of/a/filter') instead"
+        )
+    return LearnedFilter.from_pretrained(model.path / FILTER_FILE)

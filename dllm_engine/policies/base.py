@@ -1,0 +1,43 @@
+"""What a decoding rule is: it ranks positions and may pick some outright; quota, bans and commit are the engine's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_engine.reference import RowStats
+from dllm_engine.state import BlockState
+
+
+class Policy:
+    """Base of the commit rules.
+
+    At each step the engine commits what `select` returns together with the n best undecided positions by `score`, where
+    n is the static schedule's quota if ``steps`` was given, else 1: a step always makes progress.
+    """
+
+    name: str
+
+    def score(self, stats: RowStats, state: BlockState) -> Tensor:
+        """Rank of each position, float32 [B, S], higher first; confidence (as log-odds) unless a rule says otherwise."""
+        return stats.log_odds
+
+    def select(self, stats: RowStats, state: BlockState) -> Tensor:
+        """Positions to commit beyond the quota, bool [B, S]; decided ones are ignored. Nothing by default."""
+        return torch.zeros_like(state.undecided)
+
+    def default_steps(self, gen_length: int) -> int | None:
+        """Steps of the static schedule when the caller gives none; None means a quota of one position a step."""
+        return None
+
+    def check(self, model: object, *, block_length: int, cache: str) -> None:
+        """Raise ValueError before the first forward pass if the rule cannot run with these settings."""
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({values})"
+
+
+def undecided_confidence(stats: RowStats, state: BlockState) -> Tensor:
+    """Confidence [B, S] with decided positions at −1, below every threshold."""
+    return stats.confidence.masked_fill(~state.undecided, -1.0)

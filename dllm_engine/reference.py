@@ -1,0 +1,211 @@
+"""The decode step in eager torch: the readable definition that every backend is tested against.
+
+`row_stats` scores rows of the LM head; `commit_` turns a policy's scores and selection into tokens. Both touch only
+device tensors; neither asks the host anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm_engine.noise import gumbel
+
+if TYPE_CHECKING:
+    from dllm_engine.state import BlockState, DecodeState
+
+VOCAB_TILE = 8192  # ids scored at once: [R, 8192] float32 is the largest thing ever held
+_NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What one pass over the LM head says of each row; every field is [R] (or [B, S] after `reshape`).
+
+    Attributes:
+        token: int64, the best allowed id (with a temperature: the drawn one); −1 for a row with NaN or no allowed id.
+        logit: float32, its logit, without noise.
+        second_token, second_logit: the best other allowed id; −1 and −inf if there is none.
+        logsumexp: float32 over all ids of the normaliser.
+        log_odds: float32, logit − log Σ_{v ≠ token} exp(logit_v), summed without the winner: it goes on
+            discriminating where float32 probabilities have all rounded to 1.
+        entropy: float32, nats.
+        probe_logits: float32 [R, K], logits of the ids asked for.
+    """
+
+    token: Tensor
+    logit: Tensor
+    second_token: Tensor
+    second_logit: Tensor
+    logsumexp: Tensor
+    log_odds: Tensor
+    entropy: Tensor
+    probe_logits: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of ``token``: float32, at most 1."""
+        return torch.sigmoid(self.log_odds)
+
+    def reshape(self, *shape: int) -> RowStats:
+        return RowStats(
+            **{f.name: getattr(self, f.name).reshape(*shape, *getattr(self, f.name).shape[1:]) for f in fields(self)}
+        )
+
+
+def row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    *,
+    banned_ids: Sequence[int] = (),
+    excluded_ids: Sequence[int] = (),
+    probe_ids: Tensor | None = None,
+    temperature: float = 0.0,
+    noise_keys: Tensor | None = None,
+) -> RowStats:
+    """Statistics of ``hidden[rows] @ lm_head.T``, the vocabulary in tiles, float32 throughout.
+
+    Args:
+        hidden: [N, D]. lm_head: [V, D]. rows: int [R], indices into ``hidden``.
+        banned_ids: never chosen, nor runner-up; they stay in the normaliser.
+        excluded_ids: left out of the normaliser; a chosen one has log_odds −inf, so confidence 0.
+        probe_ids: int64 [R, K], ids whose logits are wanted.
+        temperature: draw from softmax(logits / temperature) by the Gumbel-max trick; 0 takes the best.
+        noise_keys: int64 [R, 3], see `noise.gumbel`; needed with a temperature.
+    """
+    x = hidden[rows].float()
+    count, device = x.shape[0], x.device
+    neg_inf = torch.full((count,), _NEG_INF, device=device)
+    nobody = torch.full((count,), -1, dtype=torch.int64, device=device)
+    # the drawn id: (noisy logit that won, id, logit, logit as the normaliser sees it); the two best; the normaliser
+    won, token, logit, inside = neg_inf, nobody, neg_inf, neg_inf
+    best, best_id, second, second_id = neg_inf, nobody, neg_inf, nobody
+    rest = neg_inf  # logsumexp without the winner
+    top, total, weighted = neg_inf, torch.zeros_like(neg_inf), torch.zeros_like(neg_inf)  # m, Σe^{x−m}, Σ(x−m)e^{x−m}
+    bad = torch.zeros(count, dtype=torch.bool, device=device)
+    probes = (
+        torch.zeros(count, 0, device=device)
+        if probe_ids is None
+        else torch.full(probe_ids.shape, _NEG_INF, device=device)
+    )
+
+    for first in range(0, lm_head.shape[0], VOCAB_TILE):
+        logits = F.linear(x, lm_head[first : first + VOCAB_TILE].float())
+        width = logits.shape[1]
+        bad |= (logits.isnan() | (logits == float("inf"))).any(1)
+        if probe_ids is not None:
+            local = probe_ids - first
+            here = (local >= 0) & (local < width)
+            probes = torch.where(here, logits.gather(1, local.clamp(0, width - 1)), probes)
+        allowed = _without(logits, banned_ids, first)
+        normal = _without(logits, excluded_ids, first)
+
+        # the two best allowed ids; max takes the first of equals, earlier tiles win ties: lowest id
+        v1, i1 = allowed.max(1)
+        v2, i2 = allowed.scatter(1, i1[:, None], _NEG_INF).max(1)
+        i1, i2 = i1 + first, i2 + first
+        newer = v1 > best
+        runner, runner_id = torch.where(newer, best, second), torch.where(newer, best_id, second_id)
+        rival, rival_id = torch.where(newer, v2, v1), torch.where(newer, i2, i1)
+        second, second_id = torch.maximum(runner, rival), torch.where(rival > runner, rival_id, runner_id)
+        best, best_id = torch.where(newer, v1, best), torch.where(newer, i1, best_id)
+
+        # the winner, and the logsumexp of everything else
+        if temperature > 0:
+            assert noise_keys is not None
+            w, j = (allowed + temperature * gumbel(noise_keys, first, width)).max(1)
+        else:
+            w, j = allowed.max(1)
+        j = j[:, None]
+        here_logit, here_inside = logits.gather(1, j)[:, 0], normal.gather(1, j)[:, 0]
+        newer = w > won
+        loser = torch.where(newer, inside, here_inside)
+        others = normal.scatter(1, j, _NEG_INF).logsumexp(1)
+        rest = torch.logaddexp(torch.logaddexp(rest, others), loser)
+        won, token = torch.where(newer, w, won), torch.where(newer, j[:, 0] + first, token)
+        logit, inside = torch.where(newer, here_logit, logit), torch.where(newer, here_inside, inside)
+
+        # the normaliser and the entropy's sum
+        m = normal.amax(1)
+        shifted = normal - torch.where(m == _NEG_INF, 0.0, m)[:, None]
+        e = shifted.exp()
+        d, s = e.sum(1), torch.where(e > 0, shifted * e, 0.0).sum(1)
+        top, total, weighted = _merge((top, total, weighted), (m, d, s))
+
+    taken = best_id == token  # always, unless a temperature drew another
+    other, other_logit = torch.where(taken, second_id, best_id), torch.where(taken, second, best)
+    error = bad | (token < 0)
+    return RowStats(
+        token=torch.where(error, -1, token),
+        logit=logit,
+        second_token=torch.where(other_logit == _NEG_INF, -1, other),
+        second_logit=other_logit,
+        logsumexp=top + total.log(),
+        log_odds=torch.where(inside == _NEG_INF, _NEG_INF, inside - rest),
+        entropy=total.log() - weighted / total,
+        probe_logits=probes,
+    )
+
+
+def _without(logits: Tensor, ids: Sequence[int], first: int) -> Tensor:
+    local = [i - first for i in ids if first <= i < first + logits.shape[1]]
+    if not local:
+        return logits
+    return logits.index_fill(1, torch.tensor(local, device=logits.device), _NEG_INF)
+
+
+def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge two partial states (m, Σe^{x−m}, Σ(x−m)e^{x−m}); an empty part has m = −inf and sums 0."""
+    m = torch.maximum(a[0], b[0])
+    d = s = torch.zeros_like(m)
+    for top, total, weighted in (a, b):
+        shift = torch.where(top == _NEG_INF, 0.0, top - m)
+        scale = shift.exp()
+        d, s = d + total * scale, s + (weighted + shift * total) * scale
+    return m, d, s
+
+
+def commit_(
+    state: DecodeState, block: BlockState, stats: RowStats, score: Tensor, selected: Tensor, *, end_ids: Tensor | None
+) -> None:
+    """Write the step's tokens and move every sequence on; ``state`` is changed in place.
+
+    Committed are the policy's own selection together with the ``block.quota`` best undecided positions by ``score``
+    (equal scores: the lower position). With ``end_ids``, an end id committed at j sets ``active_end`` to j + 1 and
+    everything from there on holds the fill id at once (DESIGN: end of text "committed").
+
+    Args:
+        block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
+        selected: bool [B', S]. end_ids: int64 [E], or None for end of text "off".
+    """
+    undecided = block.undecided
+    failed = undecided & ((stats.token < 0) | score.isnan())
+    # an undecided position with confidence 0 still ranks before every decided one
+    order = score.clamp_min(torch.finfo(torch.float32).min).masked_fill(~undecided, _NEG_INF)
+    rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = undecided & (selected | (rank < block.quota[:, None])) & ~failed
+
+    rows, columns = block.sequences[:, None], block.columns
+    state.tokens[rows, columns] = torch.where(chosen, stats.token, state.tokens[rows, columns])
+    state.undecided[rows, columns] = undecided & ~chosen
+    first_failed = torch.where(failed, columns, state.length).amin(1)
+    state.failed_at[block.sequences] = torch.minimum(state.failed_at[block.sequences], first_failed)
+
+    if end_ids is not None:
+        ended = chosen & torch.isin(stats.token, end_ids)
+        end = torch.where(ended, columns + 1, state.length).amin(1)
+        state.active_end[block.sequences] = torch.minimum(state.active_end[block.sequences], end)
+        beyond = torch.arange(state.length, device=end.device) >= state.active_end[:, None]
+        state.tokens.masked_fill_(beyond, state.fill_id)
+        state.undecided &= ~beyond
+
+    left = state.undecided[rows, columns].any(1)
+    state.step[block.sequences] += 1
+    state.step_in_block[block.sequences] = torch.where(left, state.step_in_block[block.sequences] + 1, 0)
+    state.block_start[block.sequences] += torch.where(left, 0, state.block_length)

@@ -1,0 +1,88 @@
+"""The tokenizer beside the weights: transformers loads it; ids and size are read without transformers' start-up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The names under which the LLaDA family (and Llama 3, whose template it borrows) ends a turn. A model may end an answer
+# with it before any eos token, so it ends the text; its id comes from the tokenizer.
+_END_OF_TURN = "<|eot_id|>"
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """size: ``len(tokenizer)``, None without a tokenizer. end_ids: eos and end-of-turn ids."""
+
+    size: int | None
+    end_ids: tuple[int, ...]
+
+
+def read_facts(directory: Path) -> TokenizerFacts:
+    """Size and end ids of the tokenizer in a checkpoint directory.
+
+    Raises:
+        ValueError: ``tokenizer.json`` cannot be read.
+    """
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        if not (directory / "tokenizer_config.json").exists():
+            return TokenizerFacts(None, ())
+        tokenizer = load_tokenizer(directory)  # a slow tokenizer without tokenizer.json
+        found = (tokenizer.eos_token_id, tokenizer.get_vocab().get(_END_OF_TURN))
+        return TokenizerFacts(len(tokenizer), tuple(i for i in found if i is not None))
+    from tokenizers import Tokenizer
+
+    try:
+        fast = Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    names = [_END_OF_TURN]
+    config = directory / "tokenizer_config.json"
+    if config.exists():
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        names.insert(0, eos["content"] if isinstance(eos, dict) else eos)
+    ids = tuple(i for name in names if name and (i := fast.token_to_id(name)) is not None)
+    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), ids)
+
+
+def load_tokenizer(directory: Path | None) -> Any:
+    """``AutoTokenizer`` from local files only, never with remote code.
+
+    Raises:
+        FileNotFoundError: no directory, or no tokenizer files in it.
+    """
+    if directory is None:
+        raise FileNotFoundError("this model was built in memory and has no tokenizer; use token ids")
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(f"{directory}: no tokenizer.json or tokenizer_config.json; use token ids")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: bool) -> list[int]:
+    """Token ids of a prompt; ``chat`` (or a list of messages) goes through the chat template.
+
+    Raises:
+        ValueError: a chat was asked for and the tokenizer has no template, or the text gives no token.
+    """
+    if chat or not isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("chat: this model's tokenizer has no chat template; give plain text")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own start token
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise ValueError(f"prompt: {prompt!r} gives no token")
+    return list(ids)
+
+
+def answer_text(model: Any, generated: list[int]) -> str:
+    """Text of a generation [G] up to (not including) its first end id."""
+    end = next((i for i, token in enumerate(generated) if token in model.end_ids), len(generated))
+    return str(model.tokenizer.decode(generated[:end], skip_special_tokens=True)).strip()
