@@ -1,4 +1,4 @@
-"""decode(): the loop. Model call, statistics, rule, commit; then one small read tells the host where each sequence is."""
+"""decode(): the loop. Model call, statistics, rule, commit; then one small read tells the host where each one is."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def run(
         for b in joining:
             if where[b][3] < state.length:
                 raise RuntimeError(
-                    f"no valid token for sequence {b} at position {where[b][3]}: the model gave NaN or infinite logits, or"
-                    " every id is banned"
+                    f"no valid token for sequence {b} at position {where[b][3]}:"
+                    " the model gave NaN or infinite logits, or every id is banned"
                 )
         stream.step(where[0])
 

@@ -146,7 +146,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = (opened.metadata() or {}).get("dllm_engine")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata and json.loads(metadata)
+            stored = list(opened.keys())
+            return {name: opened.get_tensor(name) for name in stored}, metadata and json.loads(metadata)
     except SafetensorError as error:
         raise ValueError(f"filter: {file} is not a safetensors file ({error})") from None
 

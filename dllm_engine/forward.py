@@ -37,8 +37,8 @@ class Forward:
 
         Args:
             sequences: int64 [B']. refresh: see the class.
-            first, shortest, longest: least block start, least and greatest ``active_end`` among the sequences, which the
-                host knows already.
+            first, shortest, longest: least block start, least and greatest ``active_end`` of the sequences; the host
+                knows them already.
 
         Returns:
             [B', width, D]; float32 with guidance, else the model's dtype.

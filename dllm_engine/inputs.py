@@ -98,12 +98,14 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
     blocks = gen_length // block_length
     if steps is not None and min(steps, gen_length) % blocks:
         raise ValueError(
-            f"steps: {steps} given; the {blocks} blocks (gen_length {gen_length} / block_length {block_length}) must divide it"
+            f"steps: {steps} given; the {blocks} blocks"
+            f" (gen_length {gen_length} / block_length {block_length}) must divide it"
         )
     limit = model.config.max_sequence_length
     if longest_prompt + gen_length > limit:
         raise ValueError(
-            f"gen_length: a prompt of {longest_prompt} tokens + {gen_length} exceeds the model's max_sequence_length {limit}"
+            f"gen_length: a prompt of {longest_prompt} tokens + {gen_length}"
+            f" exceeds the model's max_sequence_length {limit}"
         )
 
 

@@ -25,7 +25,7 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def bind(self, sequences: Tensor, columns: Tensor, end: int) -> list[LayerCache]:
-        """One `LayerCache` a layer for a call over ``sequences`` [B'] (ascending) at ``columns`` [B', S], seeing < ``end``."""
+        """One `LayerCache` a layer: ``sequences`` [B'] (ascending) at ``columns`` [B', S] see columns < ``end``."""
         return [LayerCache(k, v, sequences, columns, end) for k, v in zip(self.keys, self.values, strict=True)]
 
 

@@ -16,7 +16,7 @@ TOKEN_STREAM, SCORE_STREAM = 0, 1  # fourth counter word: noise on tokens, noise
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (int64 tensors, 0 to 2^32 − 1) from four counter words and two key words, broadcast together."""
+    """Four 32-bit words (int64 tensors, 0 to 2^32 − 1) from four counter words and two key words, broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -19,7 +19,7 @@ class Policy:
     name: str
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
-        """Rank of each position, float32 [B, S], higher first; confidence (as log-odds) unless a rule says otherwise."""
+        """Rank of each position, float32 [B, S], higher first; log-odds of ``token`` unless a rule says otherwise."""
         return stats.log_odds
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:

@@ -1,0 +1,135 @@
+"""The demo model's tasks: generators, prompt template and 0/1 scorers, also for ParallelBench's published items.
+
+The tasks are those of ParallelBench (list operations on a waiting line, Latin square, sudoku 4x4), in a short template
+of our own. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm_engine.tasks import grids, lists
+from dllm_engine.tasks.names import FIRST, LAST
+
+__all__ = ["Sample", "from_parallelbench", "generate", "names", "score", "task_of_file"]
+
+_LISTS = lists.TASKS
+_GRIDS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+    "sudoku": grids.score_sudoku,
+    "latin_square": grids.score_latin,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        task: a name of `names`. prompt: the user's message. answer: a right answer (of possibly several).
+        about: what the scorer needs: ``items``, ``word``, ``index`` of list tasks, ``symbols`` or ``solution``.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    """Every task."""
+    return [*_LISTS, *_GRIDS]
+
+
+def generate(task: str, rng: random.Random, *, shortest: int = 3, longest: int = 6) -> Sample:
+    """A fresh sample; list tasks draw ``shortest`` to ``longest`` different people.
+
+    Raises:
+        ValueError: unknown task, or a range that is empty or longer than 92 people.
+    """
+    _known(task)
+    if task == "sudoku":
+        puzzle, solution = grids.make_sudoku(rng)
+        return _sudoku(puzzle, solution)
+    if task == "latin_square":
+        return _latin(rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 4), rng)
+    if not 2 <= shortest <= longest <= len(FIRST):
+        raise ValueError(
+            f"shortest, longest: {shortest}, {longest} given; 2 ≤ shortest ≤ longest ≤ {len(FIRST)} allowed"
+        )
+    count = rng.randint(shortest, longest)
+    people = [f"{a} {b}" for a, b in zip(rng.sample(FIRST, count + 1), rng.sample(LAST, count + 1), strict=True)]
+    items, word = people[:-1], people[-1]
+    index = rng.randrange(count + 1 if task == "insert_index" else count)
+    return _list_sample(task, items, word, index, rng)
+
+
+def score(sample: Sample, text: str) -> bool:
+    """Whether ``text`` answers the sample, by ParallelBench's strict rules (tasks with several answers accept each)."""
+    if sample.task in _GRIDS:
+        return _GRIDS[sample.task](text, sample.about)
+    return lists.score(sample.task, text, sample.about)
+
+
+def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
+    """A published row (``{"input": {...}, "answer": ...}``) in our template.
+
+    Raises:
+        ValueError: unknown task, or a row without the fields of its task.
+    """
+    _known(task)
+    try:
+        given = row["input"]
+        if task == "sudoku":
+            return _sudoku(given["sudoku"], row["answer"])
+        if task == "latin_square":
+            return _latin(list(given["symbols"]), random.Random(0))
+        items = json.loads(given["context"])
+        sample = _list_sample(task, items, given.get("word"), given.get("index"), random.Random(0))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a published row of task {task!r}: {type(error).__name__}: {error}") from None
+    if isinstance(row["answer"], str) and json.loads(row["answer"]) != lists.parse(sample.answer):
+        raise ValueError(f"published answer {row['answer']} differs from the rule of task {task!r}: {sample.answer}")
+    return sample
+
+
+def task_of_file(path: str | Path) -> str:
+    """Task of a published file, from its name: ``copy.jsonl``, ``sudoku_n4_12.jsonl``.
+
+    Raises:
+        ValueError: no task has that name.
+    """
+    stem = Path(path).stem
+    for task in names():
+        if stem == task or (task in _GRIDS and stem.startswith(task)):
+            return task
+    raise ValueError(f"{path}: no task is called {stem!r}; known: {', '.join(names())}")
+
+
+def _known(task: str) -> None:
+    if task not in names():
+        raise ValueError(f"task: {task!r} given; known: {', '.join(names())}")
+
+
+def _list_sample(task: str, items: list[str], word: str | None, index: int | None, rng: random.Random) -> Sample:
+    rule = _LISTS[task]
+    if rule.word and word is None:
+        raise KeyError("word")
+    if rule.index and index is None:
+        raise KeyError("index")
+    prompt = rule.prompt.format(word=word, index=index) + ": " + lists.render(items)
+    about = {"items": items, "word": word, "index": index}
+    return Sample(task, prompt, lists.render(rule.answer(items, word, index, rng)), about)
+
+
+def _sudoku(puzzle: str, solution: str) -> Sample:
+    return Sample("sudoku", f"Sudoku: {grids.render(puzzle)}", grids.render(solution), {"solution": solution})
+
+
+def _latin(symbols: list[str], rng: random.Random) -> Sample:
+    answer = grids.render(grids.make_latin(symbols, rng))
+    return Sample("latin_square", "Latin square: " + " ".join(symbols), answer, {"symbols": symbols})

@@ -1,0 +1,287 @@
+"""Train the demo model: ``python benchmarks/train_demo.py``. The same command resumes after an interruption.
+
+Masked diffusion (LLaDA, arXiv 2502.09992): answer tokens are masked with a ratio t drawn from (0, 1), the prompt never;
+answers are ended and padded with the end token to the canvas. Muon on the block matrices, AdamW on the rest: AdamW
+alone stays over 1,000 steps on the plateau before copying is learned. What counts is accuracy *generated from a full
+mask*; the loss can look fine at 0 right answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from demo_tokenizer import save_tokenizer
+from torch import Tensor, nn
+
+import dllm_engine
+from dllm_engine import LLaDA, LLaDAConfig, tasks
+from dllm_engine.policies import Threshold
+from dllm_engine.tokenizer import answer_text, encode_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "dllm_engine" / "demo_model"
+RESULTS = ROOT / "benchmarks" / "results" / "train_demo"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """tasks: weights of the mixture. longest: names in a list. canvases: answer lengths and their weights."""
+
+    tasks: dict[str, float]
+    longest: int
+    canvases: dict[int, float]
+    gate: float
+
+
+STAGES = {
+    "a": Stage({"copy": 1.0, "reverse": 1.5}, 6, {32: 0.90, 64: 0.07, 128: 0.03}, 0.95),
+    "b": Stage(
+        {"copy": 1, "reverse": 1, "sort": 2, "insert_index": 1.5, "remove_index": 1.5, "replace_index": 1.5},
+        6,
+        {32: 0.90, 64: 0.07, 128: 0.03},
+        0.90,
+    ),
+}
+
+
+def config_json(rows: int) -> dict[str, Any]:
+    """``config.json`` with the keys of LLaDA-8B."""
+    d_model, heads = 128, 4
+    return {
+        "architectures": ["LLaDAModelLM"], "model_type": "llada", "activation_type": "silu", "alibi": False,
+        "alibi_bias_max": 8.0, "attention_dropout": 0.0, "attention_layer_norm": False,
+        "attention_layer_norm_with_affine": True, "bias_for_layer_norm": False, "block_group_size": 1,
+        "block_type": "llama", "d_model": d_model, "embedding_dropout": 0.0, "embedding_size": rows, "eos_token_id": 1,
+        "flash_attention": False, "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None,
+        "init_device": "meta", "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False,
+        "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 5, "max_sequence_length": 1024,
+        "mlp_hidden_size": 352, "mlp_ratio": 4, "multi_query_attention": None, "n_heads": heads, "n_kv_heads": heads,
+        "n_layers": 4, "pad_token_id": 1, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-5,
+        "rope": True, "rope_full_precision": True, "rope_theta": 10000.0, "scale_logits": False,
+        "torch_dtype": "bfloat16", "use_cache": False, "vocab_size": rows, "weight_tying": False,
+    }  # fmt: skip
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (Newton-Schulz in float32: many CPUs emulate bfloat16, slowly)."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                x = p.grad + group["momentum"] * buffer
+                tall = x.shape[0] > x.shape[1]
+                x = x.T if tall else x
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.T if tall else x
+                p.add_(x, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+class Batches:
+    """Fresh random samples, tokenised: prompts left-padded, answers padded with the end token to the canvas."""
+
+    def __init__(self, model: LLaDA, stage: Stage, seed: int) -> None:
+        self.model, self.stage, self.rng = model, stage, random.Random(seed)
+
+    def draw(self, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """ids [B, P + canvas], attention mask, canvas length; about ``tokens`` tokens."""
+        canvas = self.rng.choices(list(self.stage.canvases), list(self.stage.canvases.values()))[0]
+        chosen = self.rng.choices(
+            list(self.stage.tasks), list(self.stage.tasks.values()), k=max(8, tokens // (canvas + 28))
+        )
+        samples = [tasks.generate(name, self.rng, longest=self.stage.longest) for name in chosen]
+        encode, end = self.model.tokenizer, self.model.fill_id
+        prompts = [encode_prompt(encode, s.prompt, chat=True) for s in samples]
+        answers = [encode(s.answer)["input_ids"] for s in samples]
+        width = max(map(len, prompts))
+        rows = [
+            [end] * (width - len(p)) + p + a + [end] * (canvas - len(a)) for p, a in zip(prompts, answers, strict=True)
+        ]
+        mask = [[0] * (width - len(p)) + [1] * (len(p) + canvas) for p in prompts]
+        return torch.tensor(rows), torch.tensor(mask), canvas
+
+
+def loss_of(model: LLaDA, ids: Tensor, mask: Tensor, canvas: int, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of masked answer tokens; the ratios of a batch are stratified, which lowers the variance."""
+    batch = len(ids)
+    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    hide = torch.rand(batch, canvas, generator=generator) < t[torch.randperm(batch, generator=generator), None]
+    noisy = ids.clone()
+    answer = ids[:, -canvas:]
+    noisy[:, -canvas:] = torch.where(hide, model.mask_id, answer)
+    logits = model(noisy.to(model.device), mask.to(model.device))[:, -canvas:]
+    loss = F.cross_entropy(logits.flatten(0, 1), answer.flatten().to(model.device), reduction="none").view(
+        batch, canvas
+    )
+    return (loss * hide.to(loss.device)).sum() / hide.sum().clamp_min(1)
+
+
+def accuracy(model: LLaDA, stage: Stage, count: int, seed: int, policy: Any = "topk") -> dict[str, float]:
+    """Share of ``count`` fresh prompts a task answered right, one token per step from a full mask."""
+    model.eval()
+    right = {}
+    for task in stage.tasks:
+        rng = random.Random(f"{seed} {task}")
+        samples = [tasks.generate(task, rng, longest=stage.longest) for _ in range(count)]
+        good = 0
+        for first in range(0, count, 100):
+            part = samples[first : first + 100]
+            prompts = [encode_prompt(model.tokenizer, s.prompt, chat=True) for s in part]
+            out = dllm_engine.decode(model, prompts, gen_length=32, block_length=32, policy=policy, cache="none")
+            answers = out.sequences[:, -32:].tolist()
+            good += sum(tasks.score(s, answer_text(model, ids)) for s, ids in zip(part, answers, strict=True))
+        right[task] = good / count
+    model.train()
+    return right
+
+
+def export(model: LLaDA, source: Path, about: dict[str, Any]) -> None:
+    """Replace the shipped checkpoint in one move."""
+    from safetensors.torch import save_file
+
+    DEMO.mkdir(exist_ok=True)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / file, DEMO / file)
+    tensors = {"model.transformer." + n: p.detach().to("cpu", torch.bfloat16) for n, p in model.named_parameters()}
+    save_file(tensors, DEMO / "model.new", metadata={"format": "pt"})
+    (DEMO / "model.new").replace(DEMO / "model.safetensors")
+    (DEMO / "accuracy.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(history: list[dict[str, Any]], file: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed (extra 'plots'): curves are in JSON only")
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
+    left.plot([h["step"] for h in history], [h["loss"] for h in history])
+    left.set(xlabel="step", ylabel="loss of masked tokens", yscale="log")
+    for task in dict.fromkeys(name for h in history for name in h.get("accuracy", {})):
+        points = [(h["step"], 100 * h["accuracy"][task]) for h in history if task in h.get("accuracy", {})]
+        right.plot(*zip(*points, strict=True), marker=".", label=task)
+    right.set(xlabel="step", ylabel="right from a full mask (threshold 0.95), %", ylim=(0, 101))
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, default="a")
+    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--batch-tokens", type=int, default=3072)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--final-prompts", type=int, default=200)
+    parser.add_argument("--init", type=Path, help="checkpoint directory of an earlier stage to train on from")
+    args = parser.parse_args()
+    from tqdm import tqdm
+
+    stage = STAGES[args.stage]
+    run = ROOT / "runs" / f"demo_{args.stage}_{args.seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    rows = save_tokenizer(run, 1024)
+    (run / "config.json").write_text(json.dumps(config_json(rows), indent=1) + "\n", encoding="utf-8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.init:
+        model = LLaDA.from_pretrained(args.init, device=device, dtype="float32").requires_grad_(True)
+    else:
+        model = LLaDA(LLaDAConfig.from_dict(config_json(rows)))
+        for name, p in model.named_parameters():
+            if p.ndim == 2:
+                scale = 1.0 if name == "wte.weight" else p.shape[1] ** -0.5
+                if name.startswith("blocks.") and name.endswith(("attn_out.weight", "ff_out.weight")):
+                    scale /= math.sqrt(2 * model.config.n_layers)
+                nn.init.normal_(p, std=scale)
+        model.to(device)
+    model.path = run
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or not n.startswith("blocks.")]
+    muon, adam = Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    rates = [(o, [g["lr"] for g in o.param_groups]) for o in (muon, adam)]
+    data, generator = Batches(model, stage, args.seed), torch.Generator().manual_seed(args.seed)
+    history: list[dict[str, Any]] = []
+    step, seconds, seen = 0, 0.0, 0
+    saved = run / "state.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=False)  # our own file: optimiser and generator states
+        model.load_state_dict(state["model"])
+        muon.load_state_dict(state["muon"])
+        adam.load_state_dict(state["adam"])
+        data.rng.setstate(state["rng"])
+        generator.set_state(state["generator"])
+        history, step, seconds, seen = state["history"], state["step"], state["seconds"], state["seen"]
+        print(f"resumed at step {step}")
+
+    bar, running, last = tqdm(total=args.steps, initial=step, desc=f"stage {args.stage}"), 0.0, {}
+    while step < args.steps:
+        began = time.perf_counter()
+        fraction = step / args.steps
+        warm = min(1.0, (step + 1) / 50)
+        for optimiser, lrs in rates:
+            for group, lr in zip(optimiser.param_groups, lrs, strict=True):
+                group["lr"] = lr * warm * min(1.0, (1 - fraction) / 0.5)
+        ids, mask, canvas = data.draw(args.batch_tokens)
+        loss = loss_of(model, ids, mask, canvas, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(others, 1.0)
+        muon.step()
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + ids.numel()
+        seconds += time.perf_counter() - began
+        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+        bar.update()
+        if step % args.eval_every == 0 or step == args.steps:
+            # a threshold watches at a tenth of the cost; the final figure is one token per step
+            last = accuracy(model, stage, 100, seed=10_000 + step, policy=Threshold(0.95))
+            history.append({"step": step, "loss": running, "seconds": round(seconds), "tokens": seen, "accuracy": last})
+            torch.save(
+                {
+                    "model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(),
+                    "rng": data.rng.getstate(), "generator": generator.get_state(), "history": history, "step": step,
+                    "seconds": seconds, "seen": seen,
+                },
+                run / "state.new",
+            )  # fmt: skip
+            (run / "state.new").replace(saved)
+        bar.set_postfix({"loss": f"{running:.3f}"} | {k: f"{v:.0%}" for k, v in last.items()})
+    bar.close()
+
+    final = accuracy(model.bfloat16().float(), stage, args.final_prompts, seed=999)
+    command = f"python benchmarks/train_demo.py --stage {args.stage} --steps {args.steps} --seed {args.seed}"
+    about = {
+        "stage": args.stage, "gate": stage.gate, "passed": min(final.values()) >= stage.gate,
+        "accuracy": final, "prompts_per_task": args.final_prompts, "decoding": "one token per step from a full mask",
+        "command": command, "seconds": round(seconds), "tokens": seen, "settings": asdict(stage),
+        "torch": torch.__version__, "device": device,
+    }  # fmt: skip
+    print(json.dumps(about, indent=1))
+    (RESULTS / f"stage_{args.stage}.json").write_text(json.dumps(about | {"history": history}, indent=1) + "\n")
+    plot(history, RESULTS / f"stage_{args.stage}.png")
+    export(model, run, about)
+
+
+if __name__ == "__main__":
+    main()

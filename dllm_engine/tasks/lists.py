@@ -1,0 +1,88 @@
+"""List operations on a waiting line: rule, template and scorer of each (as in ParallelBench)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Answer = Callable[[list[str], Any, Any, random.Random], list[str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """prompt: template before the list. answer: (items, word, index, rng) -> a right list."""
+
+    prompt: str
+    answer: Answer
+    word: bool = False
+    index: bool = False
+
+
+def _insert(items: list[str], word: str, index: int) -> list[str]:
+    return [*items[:index], word, *items[index:]]
+
+
+def _remove(items: list[str], index: int) -> list[str]:
+    return items[:index] + items[index + 1 :]
+
+
+def _replace(items: list[str], word: str, index: int) -> list[str]:
+    return [*items[:index], word, *items[index + 1 :]]
+
+
+def _shuffled(items: list[str], rng: random.Random) -> list[str]:
+    while (mixed := rng.sample(items, len(items))) == items:
+        pass
+    return mixed
+
+
+# ParallelBench's story asks for the order of last names, its published answers are in the order of the whole names
+TASKS: dict[str, Rule] = {
+    "copy": Rule("Copy", lambda items, word, index, rng: list(items)),
+    "reverse": Rule("Reverse", lambda items, word, index, rng: items[::-1]),
+    "sort": Rule("Sort", lambda items, word, index, rng: sorted(items)),
+    "insert_index": Rule(
+        "Insert {word} at {index}", lambda items, word, index, rng: _insert(items, word, index), True, True
+    ),
+    "remove_index": Rule("Remove {index}", lambda items, word, index, rng: _remove(items, index), index=True),
+    "replace_index": Rule(
+        "Replace {index} with {word}", lambda items, word, index, rng: _replace(items, word, index), True, True
+    ),
+    "insert_random": Rule(
+        "Insert {word} anywhere",
+        lambda items, word, index, rng: _insert(items, word, rng.randrange(len(items) + 1)),
+        word=True,
+    ),
+    "remove_random": Rule("Remove anyone", lambda items, word, index, rng: _remove(items, rng.randrange(len(items)))),
+    "replace_random": Rule(
+        "Replace anyone with {word}",
+        lambda items, word, index, rng: _replace(items, word, rng.randrange(len(items))),
+        word=True,
+    ),
+    "shuffle": Rule("Shuffle", lambda items, word, index, rng: _shuffled(items, rng)),
+}
+
+
+def render(items: list[str]) -> str:
+    return ", ".join(items)
+
+
+def parse(text: str) -> list[str]:
+    return text.strip().split(", ")
+
+
+def score(task: str, text: str, about: dict[str, Any]) -> bool:
+    """Strict: the whole text must be the list, no fixed punctuation may be missing."""
+    given, items, word = parse(text), about["items"], about["word"]
+    if task == "shuffle":
+        return Counter(given) == Counter(items) and given != items
+    if task == "insert_random":
+        return len(given) == len(items) + 1 and any(given == _insert(items, word, i) for i in range(len(given)))
+    if task == "remove_random":
+        return any(given == _remove(items, i) for i in range(len(items)))
+    if task == "replace_random":
+        return any(given == _replace(items, word, i) for i in range(len(items)))
+    return given == TASKS[task].answer(items, word, about["index"], random.Random(0))
