@@ -1,0 +1,142 @@
+"""Tasks, scorers and the demo model's tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dllm_engine import tasks
+from dllm_engine.tasks import grids
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_tokenizer", ROOT / "benchmarks" / "demo_tokenizer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_own_answer_is_right_and_broken_ones_are_wrong(task: str) -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        sample = tasks.generate(task, rng)
+        assert tasks.score(sample, sample.answer)
+        assert not tasks.score(sample, "")
+        assert not tasks.score(sample, sample.answer + ", Alan Wells")
+        first, rest = sample.answer.split(", ", 1)
+        assert not tasks.score(sample, rest + ", " + rest)
+        assert not tasks.score(sample, first)
+        assert not tasks.score(sample, sample.answer.replace(", ", " ", 1))
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_a_seed_repeats(task: str) -> None:
+    first, second = (tasks.generate(task, random.Random(7)) for _ in range(2))
+    assert first == second
+    assert tasks.generate(task, random.Random(8)) != first
+
+
+def test_list_rules_on_one_line() -> None:
+    line = ["Eva Cole", "Ada Young", "Bob Adams"]
+
+    def row(answer: object, **given: object) -> dict[str, object]:
+        return {"input": {"context": json.dumps(line), **given}, "answer": answer}
+
+    def answer(task: str, *people: str, **given: object) -> None:
+        sample = tasks.from_parallelbench(row(json.dumps(people), **given), task)
+        assert sample.answer == ", ".join(people)
+        assert tasks.score(sample, ", ".join(people))
+
+    answer("copy", *line)
+    answer("reverse", "Bob Adams", "Ada Young", "Eva Cole")
+    answer("sort", "Ada Young", "Bob Adams", "Eva Cole")  # by the whole name, as the published answers are
+    answer("insert_index", "Eva Cole", "Kim Ray", "Ada Young", "Bob Adams", word="Kim Ray", index=1)
+    answer("remove_index", "Eva Cole", "Bob Adams", index=1)
+    answer("replace_index", "Kim Ray", "Ada Young", "Bob Adams", word="Kim Ray", index=0)
+
+
+def test_random_tasks_accept_every_right_answer_and_no_other() -> None:
+    about = {"context": '["Eva Cole", "Ada Young"]', "word": "Kim Ray"}
+
+    def right(task: str, text: str) -> bool:
+        return tasks.score(tasks.from_parallelbench({"input": about, "answer": {}}, task), text)
+
+    for text in ("Kim Ray, Eva Cole, Ada Young", "Eva Cole, Kim Ray, Ada Young", "Eva Cole, Ada Young, Kim Ray"):
+        assert right("insert_random", text)
+    assert not right("insert_random", "Kim Ray, Ada Young, Eva Cole")
+    assert right("remove_random", "Eva Cole")
+    assert not right("remove_random", "Kim Ray")
+    assert right("replace_random", "Kim Ray, Ada Young")
+    assert not right("replace_random", "Kim Ray, Kim Ray")
+    assert right("shuffle", "Ada Young, Eva Cole")
+    assert not right("shuffle", "Eva Cole, Ada Young")
+    assert not right("shuffle", "Eva Cole, Eva Cole")
+
+
+def test_sudoku_row_and_grid_counts() -> None:
+    sample = tasks.from_parallelbench(
+        {"input": {"sudoku": "0342\n2431\n4123\n3214"}, "answer": "1342\n2431\n4123\n3214"}, "sudoku"
+    )
+    assert sample.prompt == "Sudoku: 0 3 4 2, 2 4 3 1, 4 1 2 3, 3 2 1 4"
+    assert tasks.score(sample, "1 3 4 2, 2 4 3 1, 4 1 2 3, 3 2 1 4")
+    assert (len(grids._latin_squares()), len(grids._sudokus())) == (576, 288)
+
+
+def test_latin_square_accepts_any_square_on_its_symbols() -> None:
+    sample = tasks.Sample("latin_square", "", "", {"symbols": list("ABCD")})
+    assert tasks.score(sample, "A B C D, B A D C, C D A B, D C B A")
+    assert not tasks.score(sample, "A B C D, A B C D, C D A B, D C B A")
+    assert not tasks.score(sample, "A B C D, B A D C, C D A B, D C B E")
+    assert not tasks.score(sample, "A B C D, B A D, C D A B, D C B A")
+
+
+def test_errors_name_what_was_given() -> None:
+    with pytest.raises(ValueError, match="'fly' given; known: copy"):
+        tasks.generate("fly", random.Random(0))
+    with pytest.raises(ValueError, match="shortest, longest: 5, 4"):
+        tasks.generate("copy", random.Random(0), shortest=5, longest=4)
+    with pytest.raises(ValueError, match="not a published row of task 'insert_index'"):
+        tasks.from_parallelbench({"input": {"context": "[]"}, "answer": "[]"}, "insert_index")
+    with pytest.raises(ValueError, match="differs from the rule"):
+        tasks.from_parallelbench({"input": {"context": '["A B"]'}, "answer": '["C D"]'}, "copy")
+    with pytest.raises(ValueError, match="no task is called 'poem'"):
+        tasks.task_of_file("data/poem.jsonl")
+    assert tasks.task_of_file("data/sudoku_n4_12.jsonl") == "sudoku"
+
+
+def test_tokenizer_gives_every_text_back(demo_tokenizer: ModuleType, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    size = demo_tokenizer.save_tokenizer(tmp_path, 1024)
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    assert len(tokenizer) == size == len(set(demo_tokenizer.vocabulary()))
+    rng = random.Random(3)
+    for task in tasks.names():
+        for _ in range(20):
+            sample = tasks.generate(task, rng)
+            for text in (sample.prompt, sample.answer):
+                ids = tokenizer(text)["input_ids"]
+                assert tokenizer.unk_token_id not in ids
+                assert tokenizer.decode(ids) == text
+    assert len(tokenizer("Alan Wells, Grace Wright")["input_ids"]) == 5
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": " Copy: Alan Wells "}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>Copy: Alan Wells<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>"
+    )
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids).replace(" ", "") == chat.replace(" ", "")
