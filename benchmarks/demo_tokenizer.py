@@ -19,11 +19,11 @@ SPECIAL = (
 )
 _WORDS = """Copy Reverse Sort Insert Remove Replace Shuffle Sudoku Latin square at with anywhere anyone
 user assistant system""".split()
-# Words of the worded sums to come, so that a larger stage trains on from these weights instead of starting anew.
-_LATER = """a after all and answer are away back basket books box buys coins each eats ends finds first from gave gives
+# Words of the worded sums: in the vocabulary from the first stage on, so that each trains on from the one before.
+_SUMS = """a after all and answer are away back basket books box buys coins each eats ends finds first from gave gives
 had has have he how in is it leaves left loses makes many marbles minus more must now of on one pays pencils people plus
 she shelf so starts step stickers takes tell the then there they this times to total two was we what which you yes no
-apples gets receives sells needs find say says third second next final finally""".split()
+apples gets receives sells needs find say says third second next final finally boxes""".split()
 _TEMPLATE = (
     "<|startoftext|>{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>"
     "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -34,8 +34,8 @@ _TEMPLATE = (
 def vocabulary() -> list[str]:
     """Special tokens, punctuation, then words with the leading space that ``Metaspace`` gives them."""
     numbers = [str(i) for i in range(100)]
-    words = [*_WORDS, *numbers, *string.ascii_uppercase, *FIRST, *LAST, *_LATER]
-    return list(dict.fromkeys([*SPECIAL, *",:.?+-=*", *("▁" + word for word in words)]))
+    words = [*"+-=*", *_WORDS, *numbers, *string.ascii_uppercase, *FIRST, *LAST, *_SUMS]
+    return list(dict.fromkeys([*SPECIAL, *",:.?", *("▁" + word for word in words)]))
 
 
 def save_tokenizer(directory: Path, max_length: int) -> int:
@@ -45,7 +45,7 @@ def save_tokenizer(directory: Path, max_length: int) -> int:
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"[,:.?+\-=*]"), "isolated")]
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[,:.?]"), "isolated")]
     )
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

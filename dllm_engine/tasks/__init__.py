@@ -1,7 +1,7 @@
 """The demo model's tasks: generators, prompt template and 0/1 scorers, also for ParallelBench's published items.
 
 The tasks are those of ParallelBench (list operations on a waiting line, Latin square, sudoku 4x4), in a short template
-of our own. Nothing here needs torch.
+of our own, and worded sums. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_engine.tasks import grids, lists
+from dllm_engine.tasks import grids, lists, sums
 from dllm_engine.tasks.names import FIRST, LAST
 
 __all__ = ["Sample", "from_parallelbench", "generate", "names", "score", "task_of_file"]
@@ -31,7 +31,7 @@ class Sample:
 
     Attributes:
         task: a name of `names`. prompt: the user's message. answer: a right answer (of possibly several).
-        about: what the scorer needs: ``items``, ``word``, ``index`` of list tasks, ``symbols`` or ``solution``.
+        about: what the scorer needs: ``items``, ``word``, ``index`` of lists, ``symbols``, ``solution``, ``result``.
     """
 
     task: str
@@ -42,16 +42,37 @@ class Sample:
 
 def names() -> list[str]:
     """Every task."""
-    return [*_LISTS, *_GRIDS]
+    return [*_LISTS, *_GRIDS, "worded_sums"]
 
 
-def generate(task: str, rng: random.Random, *, shortest: int = 3, longest: int = 6) -> Sample:
-    """A fresh sample; list tasks draw ``shortest`` to ``longest`` different people.
+def generate(
+    task: str,
+    rng: random.Random,
+    *,
+    shortest: int = 3,
+    longest: int = 6,
+    steps: int = 3,
+    largest: int = 20,
+    multiply: bool = False,
+) -> Sample:
+    """A fresh sample.
+
+    Args:
+        task: a name of `names`.
+        rng: the only source of chance.
+        shortest, longest: people in the list of a list task.
+        steps: worded sums have one to ``steps`` operations, on numbers in 0 to ``largest``.
+        multiply: whether worded sums may multiply.
 
     Raises:
-        ValueError: unknown task, or a range that is empty or longer than 92 people.
+        ValueError: unknown task, a range that is empty or longer than 92 people, no step, or numbers beyond 0 to 99.
     """
     _known(task)
+    if task == "worded_sums":
+        if steps < 1 or not 1 <= largest <= 99:
+            raise ValueError(f"steps, largest: {steps}, {largest} given; steps ≥ 1 and 1 ≤ largest ≤ 99 allowed")
+        prompt, answer, result = sums.make(rng, rng.randint(1, steps), largest, multiply)
+        return Sample(task, prompt, answer, {"result": result})
     if task == "sudoku":
         puzzle, solution = grids.make_sudoku(rng)
         return _sudoku(puzzle, solution)
@@ -72,6 +93,8 @@ def score(sample: Sample, text: str) -> bool:
     """Whether ``text`` answers the sample, by ParallelBench's strict rules (tasks with several answers accept each)."""
     if sample.task in _GRIDS:
         return _GRIDS[sample.task](text, sample.about)
+    if sample.task == "worded_sums":
+        return sums.score(text, sample.about)
     return lists.score(sample.task, text, sample.about)
 
 
@@ -82,6 +105,8 @@ def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
         ValueError: unknown task, or a row without the fields of its task.
     """
     _known(task)
+    if task == "worded_sums":
+        raise ValueError("task: 'worded_sums' is not one of ParallelBench")
     try:
         given = row["input"]
         if task == "sudoku":
