@@ -47,6 +47,7 @@ class Stage:
         gates: share of right answers that each task must reach.
         sums: size of the worded sums (steps, largest number, whether they multiply).
         steps: length of the training.
+        rate: share of the full learning rates: at the full ones a trained model forgets how to copy.
     """
 
     tasks: dict[str, float]
@@ -55,13 +56,19 @@ class Stage:
     gates: dict[str, float]
     steps: int
     sums: tuple[int, int, bool] = (3, 20, False)
+    rate: float = 0.35
 
 
 _FIXED = ("copy", "reverse", "sort", "insert_index", "remove_index", "replace_index")
 _FREE = ("insert_random", "remove_random", "replace_random", "shuffle", "latin_square", "sudoku")
 STAGES = {
     "a": Stage(
-        {"copy": 1.0, "reverse": 1.5}, 6, {32: 0.90, 64: 0.07, 128: 0.03}, {"copy": 0.95, "reverse": 0.95}, 1700
+        {"copy": 1.0, "reverse": 1.5},
+        6,
+        {32: 0.90, 64: 0.07, 128: 0.03},
+        {"copy": 0.95, "reverse": 0.95},
+        1700,
+        rate=1.0,
     ),
     "b": Stage(
         {"copy": 1, "reverse": 1, "sort": 2, "insert_index": 2, "remove_index": 2, "replace_index": 2},
@@ -265,7 +272,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the stage's own; more than before trains on")
     parser.add_argument("--batch-tokens", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every", type=int, default=300)
     parser.add_argument("--final-prompts", type=int, default=500)
     parser.add_argument("--init", type=Path, default=DEMO, help="checkpoint to train on from (stage a starts anew)")
     args = parser.parse_args()
@@ -309,10 +316,10 @@ def main() -> None:
     while step < steps:
         began = time.perf_counter()
         fraction = step / steps
-        warm = min(1.0, (step + 1) / 50)
+        warm = min(1.0, (step + 1) / 100)
         for optimiser, lrs in rates:
             for group, lr in zip(optimiser.param_groups, lrs, strict=True):
-                group["lr"] = lr * warm * min(1.0, (1 - fraction) / 0.5)
+                group["lr"] = stage.rate * lr * warm * min(1.0, (1 - fraction) / 0.5)
         longest = min(stage.longest, 6 + int(3 * fraction * (stage.longest - 5)))
         ids, mask, canvas = data.draw(args.batch_tokens, longest)
         loss = loss_of(model, ids, mask, canvas, generator)
@@ -327,7 +334,7 @@ def main() -> None:
         bar.update()
         if step % args.eval_every == 0 or step == steps:
             # a threshold watches at a tenth of the cost; the final figure is one token per step
-            last = accuracy(model, stage, 100, seed=10_000 + step, policy=Threshold(0.95))
+            last = accuracy(model, stage, 50, seed=10_000 + step, policy=Threshold(0.95))
             history.append({"step": step, "loss": running, "seconds": round(seconds), "tokens": seen, "accuracy": last})
             mean = sum(last.values()) / len(last)
             if mean >= best:

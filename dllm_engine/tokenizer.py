@@ -58,9 +58,11 @@ def load_tokenizer(directory: Path | None) -> Any:
         raise FileNotFoundError("this model was built in memory and has no tokenizer; use token ids")
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{directory}: no tokenizer.json or tokenizer_config.json; use token ids")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    # an empty config: AutoTokenizer would read config.json and warn that it does not know the model type
+    config = PretrainedConfig()
+    return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, trust_remote_code=False)
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: bool) -> list[int]:

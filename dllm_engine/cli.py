@@ -1,0 +1,346 @@
+"""The ``dllm-engine`` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_engine._version import __version__
+
+if TYPE_CHECKING:
+    from dllm_engine.model import LLaDA
+    from dllm_engine.policies import Policy
+
+_EXAMPLES = """examples:
+  dllm-engine demo
+  dllm-engine generate --prompt "Reverse: Adam Fox, Emma Reed, Jack Cole" --watch
+  dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
+  dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 (failed while running), 2 (bad arguments) or 130 (interrupted)."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `dllm-engine … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dllm-engine",
+        description="Fast decoding for masked diffusion language models (LLaDA and its family).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dllm-engine {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "Ten questions to the built-in model, decoded three ways, with what each costs.")
+    _add_model_options(demo)
+    demo.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE.jsonl", help="published ParallelBench files instead"
+    )
+    demo.add_argument("--limit", type=int, metavar="N", help="first N items of each file")
+    demo.add_argument("--batch-size", type=int, default=20, metavar="N", help="items of a file at once (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the ten questions (%(default)s)")
+    demo.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
+
+    generate = command("generate", _generate, "Answer prompts.")
+    _add_model_options(generate)
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    source.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='rows {"prompt": str} or {"messages": [...]}; "-" reads them from stdin.'
+        " With neither option, stdin is one prompt",
+    )
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the chat template (default: only for the built-in model)",
+    )
+    _add_decode_options(generate)
+    generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (%(default)s)")
+    generate.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, passes")
+    generate.add_argument("--watch", action="store_true", help="draw the denoising live, one prompt at a time")
+
+    info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="checkpoint directory or hub id (default: the built-in model)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's; float32 for the demo)"
+    )
+
+
+def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
+    group.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
+    group.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
+    group.add_argument(
+        "--policy",
+        default="auto",
+        metavar="NAME[=VALUE]",
+        help="auto, topk, random, threshold[=0.9], factor[=1.0] or learn2pd[=FILTER FILE] (%(default)s)",
+    )
+    group.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (%(default)s)"
+    )
+    group.add_argument(
+        "--cfg-scale", type=float, default=0.0, metavar="S", help="classifier-free guidance (%(default)s)"
+    )
+    group.add_argument("--end-of-text", default="auto", metavar="NAME", help="auto, off or committed (%(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", help="prompt i gets seed N + i (default: random)")
+    group.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dllm_engine.tokenizer import encode_prompt
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: {args.batch_size} given; at least 1 is needed")
+    if args.watch and args.json:
+        raise ValueError("--watch: cannot be joined with --json; one of them must go")
+    rows = _rows(args)
+    policy = _policy(args.policy)
+    model = _model(args)
+    chat = args.chat if args.chat is not None else args.model is None
+    prompts = []
+    for i, row in enumerate(rows):
+        try:
+            prompts.append(encode_prompt(model.tokenizer, row.get("messages") or row["prompt"], chat=chat))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+    size = 1 if args.watch else args.batch_size
+    bar: Any = contextlib.nullcontext() if len(rows) <= size or args.watch else tqdm(total=len(rows), disable=None)
+    with bar:
+        for first in range(0, len(rows), size):
+            last = min(first + size, len(rows))
+            _answer(args, model, policy, rows[first:last], prompts[first:last], first)
+            if len(rows) > size and not args.watch:
+                bar.update(last - first)
+
+
+def _answer(
+    args: argparse.Namespace,
+    model: LLaDA,
+    policy: Policy | str,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    first: int,
+) -> None:
+    from dllm_engine.decode import decode
+    from dllm_engine.tokenizer import answer_text
+
+    def run(streamer: Any = None) -> Any:
+        return decode(
+            model,
+            prompts,
+            gen_length=args.gen_length,
+            block_length=args.block_length,
+            steps=args.steps,
+            policy=policy,
+            cache=args.cache,
+            temperature=args.temperature,
+            cfg_scale=args.cfg_scale,
+            end_of_text=args.end_of_text,
+            seed=None if args.seed is None else args.seed + first,
+            backend=args.backend,
+            streamer=streamer,
+        )
+
+    if args.watch:
+        from dllm_engine.watch import Watch
+
+        title = rows[0].get("prompt") or rows[0]["messages"][-1]["content"]
+        with Watch(model, title) as streamer:
+            run(streamer)
+        return
+    out = run()
+    generated = out.sequences[:, -args.gen_length :].tolist()
+    for i, (row, ids) in enumerate(zip(rows, generated, strict=True)):
+        text = answer_text(model, ids)
+        if args.json:
+            record = row | {
+                "text": text,
+                "generated_tokens": int(out.generated_tokens[i]),
+                "forward_passes": int(out.sequence_passes[i]),
+                "tokens_per_forward": round(float(out.tokens_per_forward[i]), 3),
+                "seed": out.settings["seed"][i],
+            }
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        else:
+            print(text, flush=True)
+
+
+def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The prompts as rows with "prompt" or "messages"."""
+    if args.prompt is not None:
+        return [{"prompt": prompt} for prompt in args.prompt]
+    if args.prompts is not None:
+        name = "stdin" if args.prompts == "-" else args.prompts
+        with contextlib.nullcontext(sys.stdin) if args.prompts == "-" else open(args.prompts, encoding="utf-8") as file:
+            rows = list(_jsonl(file, name))
+        if not rows:
+            raise ValueError(f"--prompts: {name} holds no row")
+        return rows
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on stdin")
+    return [{"prompt": sys.stdin.read().strip()}]
+
+
+def _jsonl(lines: Any, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or not _is_prompt(row):
+            raise ValueError(
+                f'{name}, line {number}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed'
+            )
+        yield row
+
+
+def _is_prompt(row: dict[str, Any]) -> bool:
+    if "messages" in row:
+        messages = row["messages"]
+        return (
+            bool(messages)
+            and isinstance(messages, list)
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+        )
+    return isinstance(row.get("prompt"), str)
+
+
+def _policy(text: str) -> Policy | str:
+    """``threshold=0.95`` → Threshold(0.95); a bare name stays a name."""
+    from dllm_engine import policies
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        return name
+    if name == "learn2pd":
+        return policies.Learn2PD(value)
+    rules: dict[str, Callable[[float], Policy]] = {"threshold": policies.Threshold, "factor": policies.Factor}
+    if name not in rules:
+        raise ValueError(f"--policy: {text!r} given; only {', '.join(rules)} and learn2pd take a value")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"--policy: {value!r} given for {name}; a number is needed") from None
+    return rules[name](number)
+
+
+def _model(args: argparse.Namespace) -> LLaDA:
+    from dllm_engine.demo import DEMO_MODEL
+    from dllm_engine.model import LLaDA
+
+    if args.model is None:  # float32: many CPUs emulate bfloat16
+        return LLaDA.from_pretrained(DEMO_MODEL, device=args.device, dtype=args.dtype or "float32")
+    return LLaDA.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+
+
+# -- demo and info ----------------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from dllm_engine.demo import run_data, run_demo
+
+    for name in ("batch_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
+    if args.limit is not None and args.data is None:
+        raise ValueError("--limit: needs --data")
+    model = _model(args)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    if args.data:
+        run_data(model, console, args.data, args.limit, args.batch_size, args.json)
+    else:
+        run_demo(model, console, args.seed, args.json)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import torch
+
+    from dllm_engine import backends, policies
+    from dllm_engine.forward import CACHES
+
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {
+        "dllm-engine": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "devices": devices,
+        "policies": policies.names(),
+        "caches": list(CACHES),
+        "backends": {name: "ready" if reason is None else reason for name, reason in backends.available().items()},
+        "auto backend": backends.resolve("auto"),
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for key, state in value.items():
+                print(f"{'backend ' + key:<16}{state}")
+        else:
+            print(f"{name:<16}{', '.join(value) if isinstance(value, list) else value}")
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
