@@ -80,7 +80,7 @@ def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tens
     ids = [[fill_id] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)]
     try:
         return torch.tensor(ids, device=device), torch.tensor(padding, device=device)
-    except (OverflowError, RuntimeError) as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"input_ids: an id does not fit 64 bits ({error})") from None
 
 

@@ -36,9 +36,11 @@ def load_pretrained(path: str | Path, *, device: str | torch.device | None, dtyp
 
 def share_transformers(module: nn.Module, vocab_size: int | None) -> LLaDA:
     """See `LLaDA.from_transformers`."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
     raw = getattr(module, "config", None)
     if raw is None or not hasattr(raw, "to_dict"):
-        raise ValueError(f"module: {type(module).__name__} has no transformers config; a loaded LLaDAModelLM is needed")
+        raise ValueError(f"model: {type(module).__name__} has no transformers config; a loaded LLaDAModelLM is needed")
     config = LLaDAConfig.from_dict(raw.to_dict(), f"{type(module).__name__}.config")
     model = _empty(config)
     given = {n.removeprefix(PREFIX): p.detach() for n, p in module.named_parameters() if n.startswith(PREFIX)}
@@ -47,7 +49,7 @@ def share_transformers(module: nn.Module, vocab_size: int | None) -> LLaDA:
     _match(model, {name: tuple(t.shape) for name, t in given.items()}, type(module).__name__)
     floats = {t.dtype for t in given.values()}
     if len(floats) != 1 or not floats <= set(_STORED.values()):
-        raise ValueError(f"module: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
+        raise ValueError(f"model: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
     _assign(model, given)
     name = getattr(raw, "_name_or_path", "") or ""
     _describe(model, Path(name) if name and Path(name).is_dir() else None)

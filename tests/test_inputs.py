@@ -1,0 +1,112 @@
+"""Every bad argument gets an exception that names it, before the first forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from dllm_engine import LLaDA, decode
+from dllm_engine.policies import Factor, Learn2PD, Threshold
+
+
+@pytest.fixture(scope="module")
+def model() -> LLaDA:
+    made = tiny_model()
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a forward pass was made before the arguments were checked")
+
+    made.hidden_states = forbidden  # type: ignore[method-assign]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gen_length": 30}, ValueError, "block_length: 8 given; it must divide gen_length 30"),
+        ({"gen_length": 4}, ValueError, "block_length: 8 given; it must divide gen_length 4"),
+        ({"gen_length": 0}, ValueError, "gen_length: 0 given; at least 1"),
+        ({"block_length": -8}, ValueError, "block_length: -8 given; at least 1"),
+        ({"gen_length": 32.0}, TypeError, "gen_length: 32.0 given; an int"),
+        ({"steps": True}, TypeError, "steps: True given; an int"),
+        ({"steps": 0}, ValueError, "steps: 0 given; at least 1"),
+        ({"steps": 6}, ValueError, r"steps: 6 given; the 4 blocks .* must divide it"),
+        ({"gen_length": 1024}, ValueError, "prompt of 2 tokens \\+ 1024 exceeds .* max_sequence_length 1024"),
+        ({"policy": "best"}, ValueError, "policy: 'best' given; known: auto, topk, random, threshold"),
+        ({"policy": 3}, TypeError, "policy: int given; a name or an object"),
+        ({"policy": "learn2pd"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
+        ({"cache": "triple"}, ValueError, "cache: 'triple' given; known: none, prefix, dual"),
+        ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed"),
+        ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, eager"),
+        ({"temperature": -1.0}, ValueError, "temperature: -1.0 given; a finite number ≥ 0"),
+        ({"temperature": float("nan")}, ValueError, "temperature: nan given"),
+        ({"cfg_scale": float("inf")}, ValueError, "cfg_scale: inf given"),
+        ({"seed": -1}, ValueError, "seed: -1 given; seeds .* 0 to 2"),
+        ({"seed": [1, 2, 3]}, ValueError, "seed: 3 seeds given for a batch of 1"),
+        ({"seed": "x"}, TypeError, "seed: 'x' given; an int, a list of ints or None"),
+        ({"input_ids": []}, ValueError, "input_ids: an empty batch"),
+        ({"input_ids": [[]]}, ValueError, "input_ids: prompt 0 is empty"),
+        ({"input_ids": [[1], []]}, ValueError, "input_ids: prompt 1 is empty"),
+        ({"input_ids": [["a"]]}, TypeError, "input_ids: prompt 0 holds something other than ints"),
+        ({"input_ids": "hello"}, TypeError, "input_ids: str given; a LongTensor"),
+        ({"input_ids": [1, 2]}, TypeError, "input_ids: list given; a LongTensor"),
+        ({"input_ids": [[2**70]]}, ValueError, "input_ids: an id does not fit 64 bits"),
+        ({"input_ids": [[64]]}, ValueError, "input_ids: id 64 given; the model has ids 0 to 63"),
+        ({"input_ids": [[-1]]}, ValueError, "input_ids: id -1 given; the model has ids 0 to 63"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, ValueError, "input_ids: .*\\[0, 3\\]"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, ValueError, "input_ids: .*\\[1, 0\\]"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, ValueError, "input_ids: .*\\[3\\]"),
+        ({"input_ids": torch.zeros(1, 3)}, TypeError, "input_ids: .*float32"),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
+            ValueError,
+            "attention_mask: \\[1, 2\\] given; a tensor of input_ids' shape \\[1, 3\\]",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 0]])},
+            ValueError,
+            "attention_mask: a 0 follows a 1; only left padding",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[0, 0, 0]])},
+            ValueError,
+            "attention_mask: a prompt without any token",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[0, 2, 1]])},
+            ValueError,
+            "attention_mask: values other than 0 and 1",
+        ),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": torch.ones(1, 2)},
+            ValueError,
+            "attention_mask: .*",
+        ),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items())[:50] if isinstance(value, dict) else "",
+)
+def test_error(model: LLaDA, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"input_ids": [[4, 5]], "gen_length": 32, "block_length": 8} | arguments
+    with pytest.raises(error, match=message):
+        decode(model, given.pop("input_ids"), **given)
+
+
+def test_rules_check_their_own_numbers() -> None:
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"threshold: .* given; 0 to 1 allowed"):
+            Threshold(bad)
+    for bad in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"factor: .* given; a finite number ≥ 0"):
+            Factor(bad)
+    with pytest.raises(FileNotFoundError, match="no/such/filter"):
+        Learn2PD("no/such/filter.safetensors")
+
+
+def test_a_module_that_is_no_model(model: LLaDA) -> None:
+    with pytest.raises((TypeError, ValueError), match="Linear"):
+        decode(torch.nn.Linear(2, 2), [[1]])
+    with pytest.raises(TypeError, match="model: dict given"):
+        decode({}, [[1]])  # type: ignore[arg-type]
