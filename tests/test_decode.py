@@ -76,7 +76,14 @@ def test_topk_makes_exactly_steps_passes(model: LLaDA) -> None:
     for steps, passes in ((32, 32), (8, 8), (4, 4), (500, 32)):
         for cache in ("none", "prefix", "dual"):
             out = decode(
-                model, [[4, 5]], gen_length=32, block_length=8, steps=steps, policy="topk", cache=cache, end_of_text="off"
+                model,
+                [[4, 5]],
+                gen_length=32,
+                block_length=8,
+                steps=steps,
+                policy="topk",
+                cache=cache,
+                end_of_text="off",
             )
             assert out.forward_passes == passes
             assert out.sequence_passes.tolist() == [passes]

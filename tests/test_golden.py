@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dllm_engine as dllm
-from dllm_engine import LLaDA, LearnedFilter
+from dllm_engine import LearnedFilter, LLaDA
 from dllm_engine.policies import Learn2PD, Policy, Threshold
 
 GOLDEN = Path(__file__).parent / "golden"

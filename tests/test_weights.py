@@ -93,7 +93,7 @@ def test_sharded(tmp_path: Path, shards: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     assert torch.equal(LLaDA.from_pretrained(directory, device="cpu")(IDS), model(IDS))
 
-    (directory / "model-00002-of-0000{}.safetensors".format(shards)).rename(directory / "gone")
+    (directory / f"model-00002-of-0000{shards}.safetensors").rename(directory / "gone")
     with pytest.raises(FileNotFoundError, match=f"1 of {shards} shards missing: model-00002"):
         LLaDA.from_pretrained(directory)
 

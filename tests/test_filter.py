@@ -1,0 +1,142 @@
+"""The filter's file, its checks, and the rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from test_weights import save
+
+from dllm_engine import LearnedFilter, LLaDA, decode
+from dllm_engine.filter import model_ids
+from dllm_engine.policies import Learn2PD
+
+PUBLISHED = Path(__file__).parent / "golden" / "filter.safetensors"
+
+
+def made(model: LLaDA, block_length: int = 8, **options: object) -> LearnedFilter:
+    torch.manual_seed(0)
+    return LearnedFilter(block_length, ids=model_ids(model), **options)  # type: ignore[arg-type]
+
+
+def test_forward_is_the_published_mlp_and_pads_with_zero() -> None:
+    learned = LearnedFilter.from_pretrained(PUBLISHED, force=True)
+    w = {name: tensor.double().numpy() for name, tensor in load_file(PUBLISHED).items()}
+    c = np.linspace(0, 1, 20)
+    padded = np.concatenate((c, np.zeros(12)))
+    hidden = np.maximum(w["linear1.weight"] @ padded + w["linear1.bias"], 0)
+    expected = (w["linear2.weight"] @ hidden + w["linear2.bias"])[:20]
+    got = learned(torch.tensor(c, dtype=torch.float32)[None])[0]
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["directory", "file.safetensors"])
+def test_round_trip(tmp_path: Path, target: str) -> None:
+    model = tiny_model()
+    first = made(model, threshold=0.8, confidence_of_decided="one", cache="dual")
+    first.save_pretrained(tmp_path / target)
+    second = LearnedFilter.from_pretrained(tmp_path / target)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for name in ("block_length", "threshold", "confidence_of_decided", "cache", "ids"):
+        assert getattr(first, name) == getattr(second, name)
+    assert Learn2PD(second).threshold == 0.8
+    assert Learn2PD(second, 0.5).threshold == 0.5
+    assert Learn2PD(str(tmp_path / target)).threshold == 0.8
+
+
+def test_the_published_pth(tmp_path: Path) -> None:
+    torch.save(load_file(PUBLISHED), tmp_path / "filter.pth")
+    learned = LearnedFilter.from_pretrained(tmp_path / "filter.pth", force=True)
+    assert torch.equal(learned.linear2.bias, load_file(PUBLISHED)["linear2.bias"])
+    assert Learn2PD(learned).threshold == 0.96
+    with pytest.raises(ValueError, match="does not say which model .*force=True"):
+        LearnedFilter.from_pretrained(tmp_path / "filter.pth")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> object:
+            return (open, (str(marker), "w"))
+
+    torch.save({"linear1.weight": Evil()}, tmp_path / "filter.pth")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        LearnedFilter.from_pretrained(tmp_path / "filter.pth", force=True)
+    assert not marker.exists()
+
+
+def test_file_errors(tmp_path: Path) -> None:
+    tensors = load_file(PUBLISHED)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        LearnedFilter.from_pretrained(tmp_path)
+    file = tmp_path / "filter.safetensors"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        LearnedFilter.from_pretrained(file, force=True)
+    save_file({k: v for k, v in tensors.items() if k != "linear2.bias"}, file)
+    with pytest.raises(ValueError, match=r"has no linear2.bias; a two-layer"):
+        LearnedFilter.from_pretrained(file, force=True)
+    save_file(tensors | {"linear1.weight": torch.zeros(32, 31)}, file)
+    with pytest.raises(ValueError, match=r"linear1.weight has shape \[32, 31\], \[32, 32\] is needed"):
+        LearnedFilter.from_pretrained(file, force=True)
+    save_file(tensors | {"linear2.bias": torch.full((32,), torch.nan)}, file)
+    with pytest.raises(ValueError, match="linear2.bias holds values that are not finite"):
+        LearnedFilter.from_pretrained(file, force=True)
+    save_file(tensors, file, metadata={"dllm_engine": json.dumps({"block_length": 16})})
+    with pytest.raises(ValueError, match="says block_length 16, its tensors 32"):
+        LearnedFilter.from_pretrained(file)
+    with pytest.raises(ValueError, match="confidence_of_decided: 'two' given"):
+        LearnedFilter(8, confidence_of_decided="two")
+
+
+def test_decode_checks_the_filter_first() -> None:
+    model = tiny_model()
+    learned = made(model)
+    with pytest.raises(ValueError, match="block_length: 16 given; this filter takes blocks up to 8"):
+        decode(model, [[3]], gen_length=16, block_length=16, policy=Learn2PD(learned))
+    other = made(model)
+    other.ids["mask_id"] = 7
+    with pytest.raises(ValueError, match="trained for a model with mask_id 7, this one has 59"):
+        decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(other))
+    other.forced = True
+    decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(other))
+    with pytest.warns(UserWarning, match="trained on cache 'none' traces, decoding with 'dual'"):
+        decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(made(model, cache="none")))
+    with pytest.raises(ValueError, match="threshold: 1.5 given"):
+        Learn2PD(learned, 1.5)
+
+
+def test_auto_takes_the_filter_that_the_model_ships(tmp_path: Path) -> None:
+    directory = save(tiny_model(), tiny_config(), tmp_path / "m")
+    model = LLaDA.from_pretrained(directory, device="cpu")
+    made(model, threshold=0.7).save_pretrained(directory)
+    assert isinstance(decode(model, [[3]], gen_length=8, block_length=8).settings["policy"], Learn2PD)
+    decode(model, [[3]], gen_length=8, block_length=8, policy="learn2pd")
+    with pytest.warns(UserWarning, match="the model's own filter does not fit, using Threshold"):
+        out = decode(model, [[3]], gen_length=16, block_length=16)
+    assert repr(out.settings["policy"]) == "Threshold(threshold=0.9)"
+
+
+def test_what_decided_and_ended_positions_feed_the_filter() -> None:
+    """A filter that copies its input: 0.99 for decided ones by the convention "one", 0.0 beyond the end."""
+    from test_reference import make_state, make_stats
+
+    state = make_state(batch=1)
+    state.undecided[0, 3] = False
+    state.active_end[0] = 5
+    block = state.block(torch.tensor([0]), 4)
+    stats = make_stats([[5, 6, 7, 8]])  # log-odds 0: confidence 0.5
+    seen = {}
+    for convention in ("model", "one"):
+        learned = LearnedFilter(4, confidence_of_decided=convention)
+        rule = Learn2PD(learned, 0.5)
+        learned.forward = lambda c, into=convention: seen.setdefault(into, c) * 0  # type: ignore[method-assign, misc]
+        assert not rule.select(stats, block).any()  # sigmoid(0) > 0.5 is false
+    assert seen["model"].tolist() == [[0.5, 0.5, 0.5, 0.0]]
+    assert seen["one"].tolist() == [[0.5, 1.0, 0.5, 0.0]]
