@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   dllm-engine demo
-  dllm-engine generate --prompt "Reverse: Adam Fox, Emma Reed, Jack Cole" --watch
+  dllm-engine generate --prompt "Reverse: 0 Adam Fox, 1 Emma Reed, 2 Jack Cole" --watch
   dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
   dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl"""
 

@@ -21,9 +21,7 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 def load_pretrained(path: str | Path, *, device: str | torch.device | None, dtype: str | torch.dtype | None) -> LLaDA:
     """See `LLaDA.from_pretrained`."""
     target_dtype = _float_dtype(dtype)
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    target = _device(device)
     directory = _find(path)
     config = LLaDAConfig.from_dict(_read_json(directory / "config.json"), str(directory / "config.json"))
     shards = _shards(directory)
@@ -212,6 +210,19 @@ def _describe(model: LLaDA, directory: Path | None) -> None:
         if facts.size > rows:
             raise ValueError(f"{directory}: the tokenizer has {facts.size} tokens, the embedding {rows} rows")
         model.vocab_size = facts.size
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if device is None:
+        return torch.device("cuda" if cuda else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} given; {str(error).splitlines()[0]}") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {device!r} given; this torch sees {torch.cuda.device_count()} CUDA devices")
+    return target
 
 
 def _float_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

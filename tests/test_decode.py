@@ -217,6 +217,6 @@ def test_transformers_text_streamer_prints_the_answer(demo_model: LLaDA, capsys:
         pytest.skip("this transformers has no TextDiffusionStreamer")
     from dllm_engine.tokenizer import encode_prompt
 
-    ids = encode_prompt(demo_model.tokenizer, "Copy: Alan Wells, Grace Wright, Amy Fox", chat=True)
+    ids = encode_prompt(demo_model.tokenizer, "Copy: 0 Alan Wells, 1 Grace Wright, 2 Amy Fox", chat=True)
     decode(demo_model, [ids], gen_length=32, streamer=kind(demo_model.tokenizer))
     assert "Grace Wright" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -33,11 +34,42 @@ def test_own_answer_is_right_and_broken_ones_are_wrong(task: str) -> None:
         sample = tasks.generate(task, rng)
         assert tasks.score(sample, sample.answer)
         assert not tasks.score(sample, "")
+        if task == "worded_sums":
+            continue
         assert not tasks.score(sample, sample.answer + ", Alan Wells")
         first, rest = sample.answer.split(", ", 1)
         assert not tasks.score(sample, rest + ", " + rest)
         assert not tasks.score(sample, first)
         assert not tasks.score(sample, sample.answer.replace(", ", " ", 1))
+
+
+def test_worded_sums_are_worked_out_in_numbers_that_are_right() -> None:
+    rng = random.Random(2)
+    signs = {"+": "+", "-": "-", "*": "*", "plus": "+", "minus": "-", "times": "*"}
+    seen = set()
+    for _ in range(300):
+        sample = tasks.generate("worded_sums", rng, steps=5, largest=99, multiply=True)
+        story = [int(n) for n in re.findall(r"\d+", sample.prompt)]
+        value, used = story[0], 1
+        for a, word, k, b in re.findall(r"(\d+) ([-+*]|plus|minus|times) (\d+)\D+(\d+)", sample.answer):
+            sign = signs[word]
+            assert int(a) == value
+            assert int(k) == story[used]
+            value = {"+": value + int(k), "-": value - int(k), "*": value * int(k)}[sign]
+            assert int(b) == value
+            assert 0 <= value <= 99
+            used += 1
+            seen.add(word)
+        assert used == len(story)
+        assert sample.about["result"] == value
+        assert tasks.score(sample, f"so the answer is {value}")
+        assert not tasks.score(sample, f"the answer is 1{value}")
+        assert not tasks.score(sample, f"the answer is {value} no the answer is {value + 1}")
+        assert not tasks.score(sample, str(value))
+    assert seen == set(signs)
+    small = [tasks.generate("worded_sums", rng, steps=1, largest=5) for _ in range(100)]
+    assert max(int(n) for s in small for n in re.findall(r"\d+", s.prompt + s.answer)) == 5
+    assert not any("times" in s.prompt for s in small)
 
 
 @pytest.mark.parametrize("task", tasks.names())
@@ -106,6 +138,10 @@ def test_errors_name_what_was_given() -> None:
         tasks.generate("fly", random.Random(0))
     with pytest.raises(ValueError, match="shortest, longest: 5, 4"):
         tasks.generate("copy", random.Random(0), shortest=5, longest=4)
+    with pytest.raises(ValueError, match="steps, largest: 0, 20 given"):
+        tasks.generate("worded_sums", random.Random(0), steps=0)
+    with pytest.raises(ValueError, match="'worded_sums' is not one of ParallelBench"):
+        tasks.from_parallelbench({}, "worded_sums")
     with pytest.raises(ValueError, match="not a published row of task 'insert_index'"):
         tasks.from_parallelbench({"input": {"context": "[]"}, "answer": "[]"}, "insert_index")
     with pytest.raises(ValueError, match="differs from the rule"):

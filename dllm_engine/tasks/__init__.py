@@ -146,7 +146,7 @@ def _list_sample(task: str, items: list[str], word: str | None, index: int | Non
         raise KeyError("word")
     if rule.index and index is None:
         raise KeyError("index")
-    prompt = rule.prompt.format(word=word, index=index) + ": " + lists.render(items)
+    prompt = lists.question(task, items, word, index)
     about = {"items": items, "word": word, "index": index}
     return Sample(task, prompt, lists.render(rule.answer(items, word, index, rng)), about)
 

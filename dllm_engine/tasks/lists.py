@@ -70,6 +70,12 @@ def render(items: list[str]) -> str:
     return ", ".join(items)
 
 
+def question(task: str, items: list[str], word: str | None, index: int | None) -> str:
+    """The prompt; people are numbered from 0, so that a small model can find the one at an index."""
+    line = ", ".join(f"{i} {item}" for i, item in enumerate(items))
+    return TASKS[task].prompt.format(word=word, index=index) + ": " + line
+
+
 def parse(text: str) -> list[str]:
     return text.strip().split(", ")
 

@@ -1,0 +1,5 @@
+"""Everything is in pyproject.toml; this file is where extensions are built."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,249 @@
+"""The command line, end to end on the demo model."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dllm_engine
+from dllm_engine import LLaDA, cli, demo, tasks
+from dllm_engine.watch import Watch
+
+PROMPT = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Emma Reed"
+ANSWER = "Emma Reed, Grace Wright, Alan Wells"
+LENGTH = ("--gen-length", "32")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stop:  # argparse
+        status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_one_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "generate", "--prompt", PROMPT, *LENGTH) == (0, ANSWER + "\n", "")
+    status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--no-chat", *LENGTH)
+    assert status == 0
+    assert out != ANSWER + "\n"  # without its template the demo model does not know what to do
+
+
+def test_the_installed_command_reads_stdin() -> None:
+    command = [str(Path(sys.executable).parent / "dllm-engine"), "generate", *LENGTH]
+    done = subprocess.run(command, input=PROMPT + "\n", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER + "\n", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--policy", "topk", "--cache", "none"),
+        ("--policy", "topk", "--steps", "8"),
+        ("--policy", "threshold=0.95"),
+        ("--policy", "factor=0.9", "--cache", "prefix"),
+        ("--end-of-text", "off", "--block-length", "16"),
+        ("--cfg-scale", "0.1", "--dtype", "float32", "--device", "cpu"),
+        ("--temperature", "0.05", "--seed", "3", "--backend", "eager"),
+    ],
+)
+def test_options(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+    status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--json", *LENGTH, *options)
+    assert status == 0
+    row = json.loads(out)
+    assert set(row) == {"prompt", "text", "generated_tokens", "forward_passes", "tokens_per_forward", "seed"}
+    if "--cfg-scale" not in options and "8" not in options:
+        assert row["text"] == ANSWER
+    if "8" in options:
+        assert row["forward_passes"] <= 8
+
+
+def test_a_file_of_prompts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rng = random.Random(5)
+    samples = [tasks.generate("reverse", rng) for _ in range(5)]
+    rows: list[dict[str, object]] = [{"prompt": s.prompt, "answer": s.answer} for s in samples[:3]]
+    rows += [{"messages": [{"role": "user", "content": s.prompt}]} for s in samples[3:]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    status, out, _ = run(capsys, "generate", "--prompts", str(file), "--json", "--batch-size", "2", *LENGTH)
+    assert status == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert sum(tasks.score(s, a["text"]) for s, a in zip(samples, answers, strict=True)) >= 4
+    assert [a.get("answer") for a in answers] == [s.answer for s in samples[:3]] + [None] * 2
+    status, plain, _ = run(capsys, "generate", "--prompts", str(file), *LENGTH)
+    assert plain.splitlines() == [a["text"] for a in answers]
+
+
+def test_watch_draws_every_step(demo_model: LLaDA) -> None:
+    from rich.console import Console
+
+    from dllm_engine.tokenizer import encode_prompt
+
+    screen = io.StringIO()
+    prompt = encode_prompt(demo_model.tokenizer, PROMPT, chat=True)
+    with Watch(demo_model, "a title", Console(file=screen, force_terminal=True, width=80)) as watch:
+        dllm_engine.decode(demo_model, [prompt], gen_length=32, policy="topk", end_of_text="off", streamer=watch)
+    text = screen.getvalue()
+    assert "a title" in text
+    assert "·" in text
+    assert "Grace Wright" in text
+    assert watch.steps == 32
+    assert text.count("step ") >= 32
+
+
+def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--watch", *LENGTH)
+    assert status == 0
+    assert ANSWER in out
+    status, _, err = run(capsys, "generate", "--prompt", PROMPT, "--watch", "--json")
+    assert status == 2
+    assert "--watch: cannot be joined with --json" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--prompt", "x", "--model", "/no/such/dir"), "no directory /no/such/dir"),
+        (("generate", "--prompt", "x", "--gen-length", "30"), "block_length: 32 given; it must divide gen_length 30"),
+        (("generate", "--prompt", "x", "--policy", "best"), "policy: 'best' given; known: auto, topk"),
+        (("generate", "--prompt", "x", "--policy", "topk=3"), "only threshold, factor and learn2pd take a value"),
+        (("generate", "--prompt", "x", "--policy", "factor=a"), "'a' given for factor; a number is needed"),
+        (("generate", "--prompt", "x", "--policy", "threshold=2"), "threshold: 2.0 given; 0 to 1"),
+        (("generate", "--prompt", "x", "--policy", "learn2pd=/no/filter"), "filter: /no/filter does not exist"),
+        (("generate", "--prompt", "x", "--cache", "triple"), "cache: 'triple' given; known: none, prefix, dual"),
+        (("generate", "--prompt", "x", "--backend", "abacus"), "backend: 'abacus' given; known: auto, eager"),
+        (("generate", "--prompt", "x", "--dtype", "int4"), "dtype: 'int4' given"),
+        (("generate", "--prompt", "x", "--batch-size", "0"), "--batch-size: 0 given; at least 1"),
+        (("generate", "--prompt", "", "--no-chat"), "prompt 0: prompt: '' gives no token"),
+        (("generate", "--prompts", "/no/file.jsonl"), "No such file"),
+        (("generate", "--prompt", "x", "--device", "toaster"), "device: 'toaster' given"),
+        (("generate", "--prompt", "x", "--device", "cuda:99"), "device: 'cuda:99' given; this torch sees"),
+        (("generate", "--fast"), "unrecognized arguments: --fast"),
+        (("demo", "--data", "/no/poem.jsonl"), "no task is called 'poem'"),
+        (("demo", "--data", "/no/copy.jsonl"), "No such file"),
+        (("demo", "--limit", "3"), "--limit: needs --data"),
+        (("demo", "--batch-size", "0"), "--batch-size: 0 given"),
+        ((), "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_errors_are_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ('{"text": "x"}', 'line 2: {"prompt": str} or {"messages"'),
+        ('{"messages": []}', "line 2"),
+        ('{"messages": [{"role": "user"}]}', "line 2"),
+        ("[1]", "line 2"),
+    ],
+)
+def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, row: str, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "x"}\n' + row, encoding="utf-8")
+    status, _, err = run(capsys, "generate", "--prompts", str(file))
+    assert status == 2
+    assert message in err
+    file.write_text("\n", encoding="utf-8")
+    assert "holds no row" in run(capsys, "generate", "--prompts", str(file))[2]
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_model", interrupted)
+    assert run(capsys, "generate", "--prompt", "x")[0] == 130
+
+
+def test_info_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    assert "backend eager   ready" in out
+    facts = json.loads(run(capsys, "info", "--json")[1])
+    assert facts["dllm-engine"] == dllm_engine.__version__
+    assert facts["backends"]["eager"] == "ready"
+    assert run(capsys, "--version")[1] == f"dllm-engine {dllm_engine.__version__}\n"
+
+
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "demo")
+    assert status == 0
+    assert out.count("one token per step") == 12
+    assert "all ten as one batch" in out
+    rows = json.loads(run(capsys, "demo", "--json")[1])
+    assert [(r["prompts"]) for r in rows] == [10] * 6
+    slow, _, fast = rows[:3]
+    assert slow["policy"] == "topk"
+    assert fast["forward_passes"] < slow["forward_passes"]
+    assert fast["accuracy"] >= 0.7
+
+
+def published(task: str, count: int) -> str:
+    rng = random.Random(6)
+    rows = []
+    for _ in range(count):
+        sample = tasks.generate(task, rng)
+        if task == "sudoku":
+            puzzle = "\n".join(r.replace(" ", "") for r in sample.prompt.removeprefix("Sudoku: ").split(", "))
+            rows.append({"input": {"sudoku": puzzle}, "answer": sample.about["solution"]})
+        else:
+            given = {"context": json.dumps(sample.about["items"]), **sample.about}
+            fixed = not task.endswith("random") and task != "shuffle"
+            answer: object = json.dumps(sample.answer.split(", ")) if fixed else {}
+            rows.append({"input": given, "answer": answer})
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_demo_on_published_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = []
+    for task in ("copy", "shuffle", "sudoku"):
+        files.append(tmp_path / f"{task}.jsonl")
+        files[-1].write_text(published(task, 4), encoding="utf-8")
+    status, out, _ = run(capsys, "demo", "--data", *map(str, files), "--limit", "3")
+    assert status == 0
+    assert "shuffle.jsonl" in out
+    rows = json.loads(run(capsys, "demo", "--data", *map(str, files), "--json", "--batch-size", "2")[1])
+    assert [(Path(r["file"]).name, r["prompts"]) for r in rows[::3]] == [(f.name, 4) for f in files]
+    assert rows[1]["accuracy"] >= 0.5
+    assert rows[1]["accuracy_low"] <= rows[1]["accuracy"] <= rows[1]["accuracy_high"]
+    files[0].write_text('{"input": {}}', encoding="utf-8")
+    status, _, err = run(capsys, "demo", "--data", str(files[0]))
+    assert status == 2
+    assert "copy.jsonl, line 1: not a published row of task 'copy'" in err
+    files[0].write_text("", encoding="utf-8")
+    assert "no item in it" in run(capsys, "demo", "--data", str(files[0]))[2]
+
+
+def test_wilson() -> None:
+    """Against the closed-form roots of (p̂ − p)² = z² p (1 − p) / n."""
+    for right, total in ((0, 10), (10, 10), (3, 10), (186, 200)):
+        low, high = demo.wilson(right, total)
+        for p in (low, high):
+            assert (right / total - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / total, abs=1e-9)
+        assert low <= right / total <= high
+
+
+def test_the_demo_model_is_small_and_as_good_as_it_says(demo_model: LLaDA) -> None:
+    assert sum(file.stat().st_size for file in demo.DEMO_MODEL.iterdir()) < 8e6
+    about = json.loads((demo.DEMO_MODEL / "accuracy.json").read_text(encoding="utf-8"))
+    assert min(about["accuracy"]["copy"], about["accuracy"]["reverse"]) >= 0.9
+    rng = random.Random(2024)
+    samples = [tasks.generate(task, rng) for task in ("copy", "reverse") for _ in range(25)]
+    tally = demo.measure(demo_model, samples, demo.Way("", "topk", "none"), 32)
+    assert sum(tally.right) >= 41  # 41 of 50 or fewer happens with a chance of 0.5 % where 90 % is true
