@@ -1,0 +1,171 @@
+// row_stats on the CPU: segments of the vocabulary are shared out to threads; each weight is read once for up to 32 rows.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "../include/dllm/philox.h"
+#include "kernel.h"
+
+namespace dllm {
+namespace {
+
+// Ids whose state is kept apart. Fixed, so that results do not depend on the number of threads.
+constexpr std::int64_t kSegment = 1536;
+static_assert(kSegment % kIds == 0, "a segment is whole groups of ids");
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Where each part of the scratch lies, in bytes.
+struct Layout {
+    std::int64_t rows, depth, segments;
+    std::size_t hidden, states, worker, worker_size, total;
+    Layout(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
+        // the packed rows take at most half a megabyte, unless 4 of them are longer
+        const std::int64_t padded = round_up(dim, kLanes);
+        rows = std::max<std::int64_t>(std::min<std::int64_t>({count, kRows, (1 << 19) / 4 / padded}), std::min<std::int64_t>(count, 4));
+        depth = std::min(padded, kDepth);
+        segments = (vocab + kSegment - 1) / kSegment;
+        hidden = 0;
+        states = static_cast<std::size_t>(round_up(rows * padded * 4, 64));
+        worker = states + static_cast<std::size_t>(round_up(segments * rows * static_cast<std::int64_t>(sizeof(RowState)), 64));
+        worker_size = static_cast<std::size_t>(kIds * depth * 4 + kIds * rows * kLanes * 4 + kIds * rows * 4 + 64);
+        total = worker + static_cast<std::size_t>(threads) * worker_size;
+    }
+};
+
+const char* element(const Matrix& m, std::int64_t row, std::int64_t column) {
+    return static_cast<const char*>(m.data) + (row * m.stride + column) * (m.type == Type::f32 ? 4 : 2);
+}
+
+// Walks an ascending list of ids once; at(id) must be asked in ascending order.
+class Marks {
+   public:
+    Marks(const std::int32_t* ids, std::int64_t count, std::int64_t from)
+        : at_(std::lower_bound(ids, ids + count, static_cast<std::int32_t>(from))), end_(ids + count) {}
+    bool any_below(std::int64_t id) const { return at_ != end_ && *at_ < id; }
+    bool take(std::int64_t id) {
+        if (at_ == end_ || *at_ != id) return false;
+        ++at_;
+        return true;
+    }
+
+   private:
+    const std::int32_t *at_, *end_;
+};
+
+// Scores one segment of the vocabulary for the rows [first_row, first_row + rows) of the call.
+void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at, std::int64_t first_row, int rows,
+                   std::int64_t segment, const float* hidden, RowState* states, char* scratch) {
+    float* ids = reinterpret_cast<float*>(scratch);
+    float* sums = ids + kIds * at.depth;
+    float* logits = sums + kIds * at.rows * kLanes;
+    const std::int64_t begin = segment * kSegment, end = std::min(begin + kSegment, a.vocab);
+    const std::size_t width = a.head.type == Type::f32 ? 4 : 2;
+    Marks banned(a.banned, a.banned_count, begin), excluded(a.excluded, a.excluded_count, begin);
+    for (int r = 0; r < rows; ++r) states[r] = empty_row();
+
+    for (std::int64_t first = begin; first < end; first += kIds) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kIds, end - first));
+        for (std::int64_t k = 0; k < a.dim; k += kDepth) {
+            const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
+            for (int i = 0; i < kIds; ++i) {
+                if (i < count) kernel.pack(element(a.head, first + i, k), a.head.type, n, depth, ids + i * depth);
+                else std::memset(ids + i * depth, 0, static_cast<std::size_t>(depth) * 4);
+            }
+            // while the products are made, the next weights come in
+            const bool last = k + kDepth >= a.dim;
+            const std::int64_t next_id = last ? first + kIds : first, next_k = last ? 0 : k + kDepth;
+            const std::int64_t bytes = std::min(kDepth, a.dim - next_k) * static_cast<std::int64_t>(width);
+            for (std::int64_t id = next_id; id < std::min(next_id + kIds, end); ++id)
+                for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(element(a.head, id, next_k) + byte, 0, 2);
+            kernel.products(ids, hidden + k * rows, depth, rows, k == 0, sums);
+        }
+        kernel.add_up(sums, rows, logits);
+
+        std::uint8_t flags[kIds];
+        const bool flagged = banned.any_below(first + count) || excluded.any_below(first + count);
+        if (flagged)
+            for (int i = 0; i < count; ++i)
+                flags[i] = static_cast<std::uint8_t>((banned.take(first + i) ? 1 : 0) | (excluded.take(first + i) ? 2 : 0));
+        for (int r = 0; r < rows; ++r) {
+            const float* x = logits + r * kIds;
+            const std::int64_t row = first_row + r;
+            if (a.temperature > 0) {
+                float noise[4];
+                for (int i = 0; i < count; ++i) {
+                    if (i % 4 == 0) gumbel4(a.noise_keys + 3 * row, static_cast<std::int32_t>((first + i) / 4), noise);
+                    add_id(states[r], static_cast<std::int32_t>(first + i), x[i], a.temperature * noise[i % 4],
+                           flagged && (flags[i] & 1), flagged && (flags[i] & 2));
+                }
+            } else {
+                kernel.absorb(states[r], x, count, static_cast<std::int32_t>(first), flagged ? flags : nullptr);
+            }
+            for (std::int64_t p = 0; p < a.probes; ++p) {
+                const std::int64_t id = a.probe_ids[row * a.probes + p];
+                if (id >= first && id < first + count) a.probe_logits[row * a.probes + p] = x[id - first];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+bool cpu_has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
+    return Layout(dim, vocab, count, threads).total;
+}
+
+bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
+    if (isa == 2 && !cpu_has_avx2()) return false;
+    const Kernel& kernel = isa == 1 || !cpu_has_avx2() ? kScalar : kAvx2;
+    const Layout at(a.dim, a.vocab, a.count, threads);
+    char* base = static_cast<char*>(scratch);
+    float* hidden = reinterpret_cast<float*>(base + at.hidden);
+    RowState* states = reinterpret_cast<RowState*>(base + at.states);
+
+    for (std::int64_t first_row = 0; first_row < a.count; first_row += at.rows) {
+        const int rows = static_cast<int>(std::min(at.rows, a.count - first_row));
+        // [depth chunk][row][depth]: the four rows of a tile lie side by side
+        for (std::int64_t k = 0; k < a.dim; k += kDepth) {
+            const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
+            for (int r = 0; r < rows; ++r)
+                kernel.pack(element(a.hidden, a.rows[first_row + r], k), a.hidden.type, n, depth, hidden + k * rows + r * depth);
+        }
+        std::atomic<std::int64_t> next{0};
+        auto work = [&](int worker) {
+            char* own = base + at.worker + static_cast<std::size_t>(worker) * at.worker_size;
+            for (std::int64_t s; (s = next.fetch_add(1)) < at.segments;)
+                score_segment(a, kernel, at, first_row, rows, s, hidden, states + s * at.rows, own);
+        };
+        // starting threads costs about 0.05 ms: not for less than 0.2 ms of work
+        const double work_items = static_cast<double>(rows) * static_cast<double>(a.vocab) * static_cast<double>(a.dim);
+        const int wanted = work_items < 1e7 ? 1 : static_cast<int>(std::min<std::int64_t>(threads, at.segments));
+        std::vector<std::thread> others;
+        others.reserve(static_cast<std::size_t>(wanted - 1));
+        for (int w = 1; w < wanted; ++w) others.emplace_back(work, w);
+        work(0);
+        for (auto& thread : others) thread.join();
+
+        for (int r = 0; r < rows; ++r) {
+            RowState row = states[r];
+            for (std::int64_t s = 1; s < at.segments; ++s) merge_rows(row, states[s * at.rows + r]);
+            const RowResult out = finish_row(row);
+            const std::int64_t i = first_row + r;
+            a.token[i] = out.token;
+            a.second_token[i] = out.second_token;
+            a.logit[i] = out.logit;
+            a.second_logit[i] = out.second_logit;
+            a.logsumexp[i] = out.logsumexp;
+            a.log_odds[i] = out.log_odds;
+            a.entropy[i] = out.entropy;
+        }
+    }
+    return true;
+}
+
+}  // namespace dllm

@@ -1,0 +1,133 @@
+// The inner loops, written once over a vector of eight floats and compiled per instruction set (scalar.cpp, avx2.cpp).
+//
+// A logit is the sum of eight running products (element k goes to sum k mod 8), kept in vectors over the whole row and
+// added up at the end in one order. It depends on nothing but its row and its id: not on the batch, the tile or the
+// number of threads.
+#pragma once
+
+#include "../include/dllm/decode_step.h"
+#include "../include/dllm/row_stats.h"
+
+namespace dllm {
+
+constexpr int kLanes = 8;
+constexpr int kIds = 24;           // ids scored together: a multiple of the tile's 3 and of the 8 lanes
+constexpr std::int64_t kDepth = 1024;  // elements of a row in flight: 4 rows of them (16 KB) stay in the first-level cache
+constexpr int kRows = 32;          // rows scored together; more rows stream the weights again
+
+struct Kernel {
+    // Converts n elements to float and pads with zeros to `padded`.
+    void (*pack)(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to);
+    // sums[id][row][8] (+)= products of ids [kIds][depth] and hidden [rows][depth]; depth is a multiple of 8.
+    // `ahead` points to `lines` cache lines, `stride` bytes apart, that will be needed next.
+    void (*products)(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first, float* sums);
+    // Adds the eight sums up: logits[row][kIds].
+    void (*add_up)(const float* sums, int rows, float* logits);
+    // Absorbs `count` consecutive ids of one row; flag bit 0 bans, bit 1 excludes, nullptr if no id of them is flagged.
+    void (*absorb)(RowState& row, const float* logits, int count, std::int32_t first_id, const std::uint8_t* flags);
+};
+
+extern const Kernel kScalar, kAvx2;
+
+namespace {  // each translation unit has its own copy: an AVX2 one must never be linked into the scalar path
+
+template <class V>
+struct Impl {
+    template <int M, int N>
+    static void tile(const float* ids, const float* hidden, std::int64_t depth, bool first, float* sums,
+                     std::int64_t sums_stride) {
+        V c[M][N];
+        for (int m = 0; m < M; ++m)
+            for (int n = 0; n < N; ++n)
+                c[m][n] = first ? V::zero() : V::load(sums + m * sums_stride + n * kLanes);
+        for (std::int64_t k = 0; k < depth; k += kLanes) {
+            V w[M];
+            for (int m = 0; m < M; ++m) w[m] = V::load(ids + m * depth + k);
+            for (int n = 0; n < N; ++n) {
+                const V h = V::load(hidden + n * depth + k);
+                for (int m = 0; m < M; ++m) c[m][n] = V::fma(w[m], h, c[m][n]);
+            }
+        }
+        for (int m = 0; m < M; ++m)
+            for (int n = 0; n < N; ++n) c[m][n].store(sums + m * sums_stride + n * kLanes);
+    }
+
+    template <int N>
+    static void row_group(const float* ids, const float* hidden, std::int64_t depth, bool first, float* sums,
+                          std::int64_t sums_stride) {
+        for (int i = 0; i < kIds; i += 3)
+            tile<3, N>(ids + i * depth, hidden, depth, first, sums + i * sums_stride, sums_stride);
+    }
+
+    static void products(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first,
+                         float* sums) {
+        const std::int64_t stride = static_cast<std::int64_t>(rows) * kLanes;
+        int r = 0;
+        for (; r + 4 <= rows; r += 4) row_group<4>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride);
+        switch (rows - r) {
+            case 3: row_group<3>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
+            case 2: row_group<2>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
+            case 1: row_group<1>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
+            default: break;
+        }
+    }
+
+    static void add_up(const float* sums, int rows, float* logits) {
+        for (int id = 0; id < kIds; ++id)
+            for (int r = 0; r < rows; ++r) {
+                const float* s = sums + (static_cast<std::int64_t>(id) * rows + r) * kLanes;
+                logits[r * kIds + id] = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+            }
+    }
+
+    static void absorb(RowState& row, const float* logits, int count, std::int32_t first_id,
+                       const std::uint8_t* flags) {
+        // Usual case: all plain ids, none of which can be one of the two best. Then they only join the rest.
+        if (flags == nullptr && count == kIds) {
+            const V a = V::load(logits), b = V::load(logits + 8), c = V::load(logits + 16);
+            const float most = V::max(V::max(a, b), c).highest();
+            if (V::all_below(a, b, c, INFINITY) && most <= row.second && most <= row.top) {
+                const V top = V::all(row.top);
+                const V x = V::sub(a, top), y = V::sub(b, top), z = V::sub(c, top);
+                const V ex = V::exp(x), ey = V::exp(y), ez = V::exp(z);
+                row.sum += V::add(V::add(ex, ey), ez).total();
+                row.weighted += V::add(V::add(V::product(x, ex), V::product(y, ey)), V::product(z, ez)).total();
+                return;
+            }
+        }
+        for (int i = 0; i < count; ++i) {
+            const int flag = flags == nullptr ? 0 : flags[i];
+            add_id(row, first_id + i, logits[i], 0.0f, flag & 1, flag & 2);
+        }
+    }
+
+    static void pack(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to) {
+        if (type == Type::f32) V::from_f32(static_cast<const float*>(from), n, to);
+        else if (type == Type::bf16) V::from_bf16(static_cast<const std::uint16_t*>(from), n, to);
+        else V::from_f16(static_cast<const std::uint16_t*>(from), n, to);
+        for (std::int64_t k = n; k < padded; ++k) to[k] = 0.0f;
+    }
+
+    static constexpr Kernel kernel() { return {pack, products, add_up, absorb}; }
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float bf16_to_float(std::uint16_t h) { return bits_to_float(static_cast<std::uint32_t>(h) << 16); }
+
+inline float f16_to_float(std::uint16_t h) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 31u, low = h & 0x3FFu;
+    if (exponent == 31) return bits_to_float(sign | 0x7F800000u | low << 13);
+    if (exponent == 0) {  // zero or subnormal: low * 2^-24 is exact
+        const float x = static_cast<float>(low) * 0x1p-24f;
+        return sign ? -x : x;
+    }
+    return bits_to_float(sign | (exponent + 112) << 23 | low << 13);
+}
+
+}  // namespace
+}  // namespace dllm

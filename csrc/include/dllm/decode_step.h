@@ -1,0 +1,40 @@
+// What Python hands to a native backend: plain pointers and sizes. All checks of shape, type and device are Python's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dllm {
+
+enum class Type : std::int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Matrix {  // row-major, unit stride along a row
+    const void* data;
+    Type type;
+    std::int64_t stride;  // elements between rows
+};
+
+struct RowStatsArgs {
+    Matrix hidden, head;
+    std::int64_t dim, vocab;
+    const std::int32_t* rows;  // [count], indices into hidden
+    std::int64_t count;
+    const std::int32_t *banned, *excluded;  // ascending ids
+    std::int64_t banned_count, excluded_count;
+    const std::int64_t* probe_ids;  // [count, probes]
+    std::int64_t probes;
+    float temperature;
+    const std::int64_t* noise_keys;  // [count, 3]; read when temperature > 0
+    // results, [count] each (probe_logits [count, probes])
+    std::int64_t *token, *second_token;
+    float *logit, *second_logit, *logsumexp, *log_odds, *entropy, *probe_logits;
+};
+
+// Scratch that row_stats_cpu needs, in bytes; the caller allocates it, 64-byte aligned.
+std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads);
+
+// isa: 0 the best that this CPU has, 1 scalar, 2 AVX2. Returns false if the CPU lacks it.
+bool row_stats_cpu(const RowStatsArgs& args, int threads, int isa, void* scratch);
+bool cpu_has_avx2();
+
+}  // namespace dllm
