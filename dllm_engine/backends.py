@@ -1,30 +1,91 @@
-"""Backends of the decode step, as data: name -> why it cannot run (None if it can)."""
+"""Backends of the decode step, as data. `"auto"` takes the first that can run; an explicit name runs or raises."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
-_BACKENDS: dict[str, Callable[[], str | None]] = {
-    "eager": lambda: None,  # plain torch on any device; see `reference`
+import torch
+from torch import Tensor
+
+from dllm_engine import native, reference
+
+Fields = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """unavailable: why it cannot run on this machine, "" if it can. devices: where its tensors may live.
+
+    row_stats: (hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys) -> the fields of
+    `RowStats` in order; all arguments are checked tensors.
+    """
+
+    unavailable: str
+    devices: tuple[str, ...]
+    row_stats: Callable[..., Fields]
+
+    def refuses(self, device: torch.device) -> str:
+        """Why it cannot run on tensors of this device, "" if it can."""
+        if self.unavailable:
+            return self.unavailable
+        if self.devices and device.type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} tensors, these are on {device.type}"
+        return ""
+
+
+def _eager(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+) -> Fields:
+    stats = reference.row_stats(
+        hidden,
+        lm_head,
+        rows,
+        banned_ids=banned_ids,
+        excluded_ids=excluded_ids,
+        probe_ids=probe_ids,
+        temperature=temperature,
+        noise_keys=noise_keys,
+    )
+    return stats.fields()
+
+
+# In order of preference. Filled at import, not by a cached probe: torch.compile would trace into that.
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(native.MISSING, ("cpu",), native.row_stats),
+    "eager": Backend("", (), _eager),  # plain torch on any device: the definition, see `reference`
 }
 
 
 def available() -> dict[str, str | None]:
-    """Every backend with None, or the reason why it cannot run here."""
-    return {name: probe() for name, probe in _BACKENDS.items()}
+    """Every backend with None, or the reason why it cannot run on this machine."""
+    return {name: backend.unavailable or None for name, backend in BACKENDS.items()}
 
 
-def resolve(backend: str) -> str:
-    """The backend that ``backend`` means here; ``"auto"`` takes the best that can run.
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that ``backend`` means for tensors on ``device``.
+
+    ``"auto"`` takes the best that can run, or the one that the environment variable ``DLLM_BACKEND`` names.
 
     Raises:
         ValueError: unknown name. RuntimeError: a backend asked for by name that cannot run here.
     """
+    asked = "backend"
+    if backend == "auto" and os.environ.get("DLLM_BACKEND", "auto") != "auto":
+        backend, asked = os.environ["DLLM_BACKEND"], "DLLM_BACKEND"
     if backend == "auto":
-        return next(name for name, reason in available().items() if reason is None)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend: {backend!r} given; known: auto, {', '.join(_BACKENDS)}")
-    reason = _BACKENDS[backend]()
-    if reason is not None:
-        raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
+        return next(name for name, entry in BACKENDS.items() if not entry.refuses(device))
+    if backend not in BACKENDS:
+        raise ValueError(f"{asked}: {backend!r} given; known: auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[backend].refuses(device)
+    if reason:
+        raise RuntimeError(f"{asked}: {backend!r} cannot run here: {reason}")
     return backend

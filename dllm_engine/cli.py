@@ -324,7 +324,7 @@ def _info(args: argparse.Namespace) -> None:
         "policies": policies.names(),
         "caches": list(CACHES),
         "backends": {name: "ready" if reason is None else reason for name, reason in backends.available().items()},
-        "auto backend": backends.resolve("auto"),
+        "auto backend": backends.resolve("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_engine import backends, inputs, policies
+from dllm_engine import backends, inputs, ops, policies
 from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
-from dllm_engine.reference import commit_, row_stats
+from dllm_engine.reference import commit_
 from dllm_engine.state import DecodeState
 from dllm_engine.streaming import SequenceStream
 
@@ -91,9 +91,8 @@ def decode(
     seeds = inputs.check_seeds(seed, len(prompt))
     rule = policies.resolve(policy, model, block_length=block_length, cache=cache)
     end_of_text = "committed" if end_of_text == "auto" else end_of_text
-    settings = {
-        "policy": rule, "cache": cache, "end_of_text": end_of_text, "backend": backends.resolve(backend), "seed": seeds
-    }  # fmt: skip
+    backend = backends.resolve(backend, model.device)
+    settings = {"policy": rule, "cache": cache, "end_of_text": end_of_text, "backend": backend, "seed": seeds}
     return run(
         model,
         DecodeState(
@@ -130,7 +129,8 @@ def run(
     device = model.device
     forward = Forward(model, state, cache=settings["cache"], cfg_scale=cfg_scale)
     stream = SequenceStream(streamer, state)
-    banned = (model.mask_id, *range(model.vocab_size, model.config.embedding_size), *extra_banned)
+    banned = ops.id_tensor((model.mask_id, *range(model.vocab_size, len(model.lm_head)), *extra_banned), device)
+    excluded = ops.id_tensor(excluded_ids, device)
     end_ids = torch.tensor(model.end_ids, device=device)
     passes, sequence_passes = 0, [0] * state.batch
     where = state.report().tolist()  # host: where every sequence starts
@@ -147,15 +147,16 @@ def run(
             sequences, refresh=refresh, width=width, first=min(starts), shortest=min(ends), longest=max(ends)
         )
         block = state.block(sequences, width)
-        stats = row_stats(
-            hidden.flatten(0, 1),
+        stats = ops.block_stats(
+            hidden,
             model.lm_head,
-            torch.arange(len(joining) * width, device=device),
+            block.noise_keys,
+            None if rule.reads_decided else block.undecided,
             banned_ids=banned,
-            excluded_ids=excluded_ids,
+            excluded_ids=excluded,
             temperature=temperature,
-            noise_keys=block.noise_keys.flatten(0, 1),
-        ).reshape(len(joining), width)
+            backend=settings["backend"],
+        )
         score, selected = rule.score(stats, block), rule.select(stats, block)
         commit_(state, block, stats, score, selected, end_ids=end_ids if settings["end_of_text"] != "off" else None)
 

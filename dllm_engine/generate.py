@@ -80,7 +80,7 @@ def generate(
         "policy": rule,
         "cache": "none",
         "end_of_text": "off",
-        "backend": backends.resolve("auto"),
+        "backend": backends.resolve("auto", model.device),
         "seed": seeds,
     }
     return run(

@@ -52,6 +52,9 @@ class RowStats:
         """Probability of ``token``: float32, at most 1."""
         return torch.sigmoid(self.log_odds)
 
+    def fields(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self))
+
     def reshape(self, *shape: int) -> RowStats:
         return RowStats(
             **{f.name: getattr(self, f.name).reshape(*shape, *getattr(self, f.name).shape[1:]) for f in fields(self)}
@@ -63,8 +66,8 @@ def row_stats(
     lm_head: Tensor,
     rows: Tensor,
     *,
-    banned_ids: Sequence[int] = (),
-    excluded_ids: Sequence[int] = (),
+    banned_ids: Sequence[int] | Tensor = (),
+    excluded_ids: Sequence[int] | Tensor = (),
     probe_ids: Tensor | None = None,
     temperature: float = 0.0,
     noise_keys: Tensor | None = None,
@@ -81,6 +84,7 @@ def row_stats(
     """
     x = hidden[rows].float()
     count, device = x.shape[0], x.device
+    banned, excluded = _marked(banned_ids, lm_head), _marked(excluded_ids, lm_head)
     neg_inf = torch.full((count,), _NEG_INF, device=device)
     nobody = torch.full((count,), -1, dtype=torch.int64, device=device)
     # the drawn id: (noisy logit that won, id, logit, logit as the normaliser sees it); the two best; the normaliser
@@ -103,8 +107,8 @@ def row_stats(
             local = probe_ids - first
             here = (local >= 0) & (local < width)
             probes = torch.where(here, logits.gather(1, local.clamp(0, width - 1)), probes)
-        allowed = _without(logits, banned_ids, first)
-        normal = _without(logits, excluded_ids, first)
+        allowed = logits.masked_fill(banned[first : first + width], _NEG_INF)
+        normal = logits.masked_fill(excluded[first : first + width], _NEG_INF)
 
         # the two best allowed ids; max takes the first of equals, earlier tiles win ties: lowest id
         v1, i1 = allowed.max(1)
@@ -153,11 +157,10 @@ def row_stats(
     )
 
 
-def _without(logits: Tensor, ids: Sequence[int], first: int) -> Tensor:
-    local = [i - first for i in ids if first <= i < first + logits.shape[1]]
-    if not local:
-        return logits
-    return logits.index_fill(1, torch.tensor(local, device=logits.device), _NEG_INF)
+def _marked(ids: Sequence[int] | Tensor, lm_head: Tensor) -> Tensor:
+    """bool [V], True at ``ids``."""
+    index = torch.as_tensor(ids, dtype=torch.int64, device=lm_head.device)
+    return torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device).index_fill(0, index, True)
 
 
 def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,7 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
     float* sums = ids + kIds * at.depth;
     float* logits = sums + kIds * at.rows * kLanes;
     const std::int64_t begin = segment * kSegment, end = std::min(begin + kSegment, a.vocab);
-    const std::size_t width = a.head.type == Type::f32 ? 4 : 2;
+    const std::int64_t width = a.head.type == Type::f32 ? 4 : 2;
     Marks banned(a.banned, a.banned_count, begin), excluded(a.excluded, a.excluded_count, begin);
     for (int r = 0; r < rows; ++r) states[r] = empty_row();
 
@@ -77,10 +77,10 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
             // while the products are made, the next weights come in
             const bool last = k + kDepth >= a.dim;
             const std::int64_t next_id = last ? first + kIds : first, next_k = last ? 0 : k + kDepth;
-            const std::int64_t bytes = std::min(kDepth, a.dim - next_k) * static_cast<std::int64_t>(width);
-            for (std::int64_t id = next_id; id < std::min(next_id + kIds, end); ++id)
-                for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(element(a.head, id, next_k) + byte, 0, 2);
-            kernel.products(ids, hidden + k * rows, depth, rows, k == 0, sums);
+            const std::int64_t bytes = std::min(kDepth, a.dim - next_k) * width;
+            const Ahead ahead{element(a.head, next_id, next_k), a.head.stride * width, (bytes + 63) / 64,
+                              std::clamp<std::int64_t>(end - next_id, 0, kIds)};
+            kernel.products(ids, hidden + k * rows, depth, rows, k == 0, sums, ahead);
         }
         kernel.add_up(sums, rows, logits);
 
@@ -113,7 +113,11 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
 }  // namespace
 
 bool cpu_has_avx2() {
+#ifdef DLLM_AVX2
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
 }
 
 std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
@@ -122,7 +126,11 @@ std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int
 
 bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
     if (isa == 2 && !cpu_has_avx2()) return false;
+#ifdef DLLM_AVX2
     const Kernel& kernel = isa == 1 || !cpu_has_avx2() ? kScalar : kAvx2;
+#else
+    const Kernel& kernel = kScalar;
+#endif
     const Layout at(a.dim, a.vocab, a.count, threads);
     char* base = static_cast<char*>(scratch);
     float* hidden = reinterpret_cast<float*>(base + at.hidden);

@@ -15,12 +15,28 @@ constexpr int kIds = 24;           // ids scored together: a multiple of the til
 constexpr std::int64_t kDepth = 1024;  // elements of a row in flight: 4 rows of them (16 KB) stay in the first-level cache
 constexpr int kRows = 32;          // rows scored together; more rows stream the weights again
 
+// Weights that will be needed next. They are asked for a few cache lines a tile: all at once would stall the tiles.
+struct Ahead {
+    const char* first;
+    std::int64_t stride, lines, ids;  // bytes between ids, cache lines of each
+    std::int64_t id = 0, line = 0;
+    void fetch(std::int64_t count) {
+        for (; count > 0 && id < ids; --count) {
+            __builtin_prefetch(first + id * stride + line * 64, 0, 2);
+            if (++line == lines) {
+                line = 0;
+                ++id;
+            }
+        }
+    }
+};
+
 struct Kernel {
     // Converts n elements to float and pads with zeros to `padded`.
     void (*pack)(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to);
     // sums[id][row][8] (+)= products of ids [kIds][depth] and hidden [rows][depth]; depth is a multiple of 8.
-    // `ahead` points to `lines` cache lines, `stride` bytes apart, that will be needed next.
-    void (*products)(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first, float* sums);
+    void (*products)(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first, float* sums,
+                     Ahead ahead);
     // Adds the eight sums up: logits[row][kIds].
     void (*add_up)(const float* sums, int rows, float* logits);
     // Absorbs `count` consecutive ids of one row; flag bit 0 bans, bit 1 excludes, nullptr if no id of them is flagged.
@@ -54,20 +70,23 @@ struct Impl {
 
     template <int N>
     static void row_group(const float* ids, const float* hidden, std::int64_t depth, bool first, float* sums,
-                          std::int64_t sums_stride) {
-        for (int i = 0; i < kIds; i += 3)
+                          std::int64_t sums_stride, Ahead& ahead, std::int64_t lines) {
+        for (int i = 0; i < kIds; i += 3) {
+            ahead.fetch(lines);
             tile<3, N>(ids + i * depth, hidden, depth, first, sums + i * sums_stride, sums_stride);
+        }
     }
 
     static void products(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first,
-                         float* sums) {
+                         float* sums, Ahead ahead) {
         const std::int64_t stride = static_cast<std::int64_t>(rows) * kLanes;
+        const std::int64_t tiles = kIds / 3 * ((rows + 3) / 4), lines = (ahead.ids * ahead.lines + tiles - 1) / tiles;
         int r = 0;
-        for (; r + 4 <= rows; r += 4) row_group<4>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride);
+        for (; r + 4 <= rows; r += 4) row_group<4>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines);
         switch (rows - r) {
-            case 3: row_group<3>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
-            case 2: row_group<2>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
-            case 1: row_group<1>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride); break;
+            case 3: row_group<3>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
+            case 2: row_group<2>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
+            case 1: row_group<1>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
             default: break;
         }
     }

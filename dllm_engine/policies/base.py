@@ -17,6 +17,9 @@ class Policy:
     """
 
     name: str
+    reads_decided = (
+        True  # False where `score` and `select` ignore the statistics of decided positions: saves their rows
+    )
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
         """Rank of each position, float32 [B, S], higher first; log-odds of ``token`` unless a rule says otherwise."""

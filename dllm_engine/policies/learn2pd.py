@@ -28,6 +28,10 @@ class Learn2PD(Policy):
             raise ValueError(f"threshold: {threshold} given; 0 to 1 allowed")
         self.threshold = float(threshold)
 
+    @property
+    def reads_decided(self) -> bool:  # type: ignore[override]
+        return self.filter.confidence_of_decided == "model"
+
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         confidence = stats.confidence
         if self.filter.confidence_of_decided == "one":

@@ -16,6 +16,7 @@ class Threshold(Policy):
     """Commit every undecided position whose confidence is at least ``threshold`` (float32 against float32)."""
 
     name = "threshold"
+    reads_decided = False
 
     def __init__(self, threshold: float = 0.9) -> None:
         if not 0 <= threshold <= 1:
@@ -30,6 +31,7 @@ class Factor(Policy):
     """Commit the n most confident, n the largest with c₍ₙ₎ ≥ 1 − factor / (n + 1), in float32."""
 
     name = "factor"
+    reads_decided = False
 
     def __init__(self, factor: float = 1.0) -> None:
         if not (math.isfinite(factor) and factor >= 0):

@@ -17,6 +17,7 @@ class TopK(Policy):
     """
 
     name = "topk"
+    reads_decided = False
 
     def default_steps(self, gen_length: int) -> int | None:
         return gen_length

@@ -1,0 +1,66 @@
+"""The one place where pointers leave Python for `_cpu`. Arguments have been checked by `ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MISSING = ""  # why there is no `_cpu`
+try:
+    from dllm_engine import _cpu  # type: ignore[attr-defined]
+except ImportError as error:  # a checkout without `pip install -e .`
+    MISSING = f"the compiled module _cpu is missing ({error}); run `pip install -e .`"
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISAS = {"auto": 0, "scalar": 1, "avx2": 2}
+
+
+def row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+    isa: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Fields of `RowStats` in order, from C++ threads (``torch.get_num_threads()`` of them at most)."""
+    count = rows.shape[0]
+    ints = torch.empty(2, count, dtype=torch.int64)
+    floats = torch.empty(5, count, dtype=torch.float32)
+    probes = torch.empty(count, probe_ids.shape[1], dtype=torch.float32)
+    token, second_token = ints
+    logit, second_logit, logsumexp, log_odds, entropy = floats
+    if count:
+        threads = torch.get_num_threads()
+        size = _cpu.scratch_bytes(hidden.shape[1], lm_head.shape[0], count, threads)
+        scratch = torch.empty(size + 63, dtype=torch.uint8)
+        outputs = (token, second_token, logit, second_logit, logsumexp, log_odds, entropy, probes)
+        _cpu.row_stats(
+            (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(0)),
+            (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+            hidden.shape[1],
+            lm_head.shape[0],
+            rows.data_ptr(),
+            count,
+            banned_ids.data_ptr(),
+            len(banned_ids),
+            excluded_ids.data_ptr(),
+            len(excluded_ids),
+            probe_ids.data_ptr(),
+            probe_ids.shape[1],
+            temperature,
+            noise_keys.data_ptr(),
+            tuple(t.data_ptr() for t in outputs),
+            threads,
+            ISAS[isa],
+            -(-scratch.data_ptr() // 64) * 64,
+        )
+    return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
+
+
+def scratch_bytes(dim: int, vocab: int, count: int, threads: int) -> int:
+    """Bytes of scratch that `row_stats` takes for these sizes."""
+    return int(_cpu.scratch_bytes(dim, vocab, count, threads))

@@ -1,0 +1,221 @@
+"""The registered ops: schema, checks, fake kernels. The only module that names ``torch.library``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dllm_engine import backends
+from dllm_engine.reference import RowStats
+
+MAX_PROBES = 8
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("dllm", "DEF")  # kept alive: registrations end with it
+_LIBRARY.define(
+    "row_stats(Tensor hidden, Tensor lm_head, Tensor rows, Tensor banned_ids, Tensor excluded_ids, Tensor probe_ids,"
+    " float temperature, Tensor noise_keys, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    *,
+    banned_ids: Sequence[int] | Tensor = (),
+    excluded_ids: Sequence[int] | Tensor = (),
+    probe_ids: Tensor | None = None,
+    temperature: float = 0.0,
+    noise_keys: Tensor | None = None,
+    backend: str = "auto",
+) -> RowStats:
+    """Statistics of the rows ``hidden[rows] @ lm_head.T``; the logits themselves are never in memory.
+
+    Args:
+        hidden: [N, D] float32, bfloat16 or float16, unit stride along D. lm_head: [V, D], likewise; the two types may
+            differ. Sums are float32 or better.
+        rows: int32 (or int64) [R], indices into ``hidden``, in any order.
+        banned_ids: ids never chosen, nor runner-up; they stay in the normaliser.
+        excluded_ids: ids left out of the normaliser; a chosen one gets confidence 0.
+        probe_ids: int64 [R, K], K at most 8: ids whose logits are wanted.
+        temperature: draw ``token`` from softmax(logits / temperature); 0 takes the best.
+        noise_keys: int64 [R, 3], needed with a temperature: seed, position and step of the row's sequence.
+        backend: ``"auto"`` or a name of `backends.BACKENDS`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, naming it. RuntimeError: a named backend that cannot run here.
+    """
+    _check_matrices(hidden, lm_head)
+    count, device = _check_rows(rows, hidden)
+    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0 is needed")
+    if probe_ids is None:
+        probe_ids = torch.empty(count, 0, dtype=torch.int64, device=device)
+    _check(probe_ids, "probe_ids", torch.int64, device, (count, probe_ids.shape[-1] if probe_ids.ndim else 0))
+    if probe_ids.shape[1] > MAX_PROBES:
+        raise ValueError(f"probe_ids: {probe_ids.shape[1]} a row given; at most {MAX_PROBES}")
+    if noise_keys is None:
+        if temperature > 0:
+            raise ValueError("noise_keys: needed with a temperature, none given")
+        noise_keys = torch.empty(0, 3, dtype=torch.int64, device=device)
+    elif temperature > 0:
+        _check(noise_keys, "noise_keys", torch.int64, device, (count, 3))
+    ids = [_ids(value, name, lm_head) for name, value in (("banned_ids", banned_ids), ("excluded_ids", excluded_ids))]
+    name = backends.resolve(backend, device)
+    arguments = (hidden, lm_head, rows.int(), *ids, probe_ids.contiguous(), float(temperature), noise_keys.contiguous())
+    # eager calls skip the dispatcher (6 µs), compiled ones go through it
+    run = torch.ops.dllm.row_stats if torch.compiler.is_compiling() else _run_row_stats
+    return RowStats(*run(*arguments, name))
+
+
+def block_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    noise_keys: Tensor,
+    wanted: Tensor | None,
+    *,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    temperature: float,
+    backend: str,
+) -> RowStats:
+    """`row_stats` of a block call, every field [B, S].
+
+    Args:
+        hidden: [B, S, D]. noise_keys: int64 [B, S, 3].
+        wanted: bool [B, S], rows that are needed; None means all. On CPUs the others are not computed: they hold token
+            0 and log-odds −inf. (On a GPU that would need the host to know how many there are.)
+    """
+    batch, width, _ = hidden.shape
+    flat = hidden.flatten(0, 1)
+    keys = noise_keys.flatten(0, 1)
+    some = wanted is not None and hidden.device.type == "cpu"
+    rows = wanted.flatten().nonzero()[:, 0] if some else torch.arange(batch * width, device=hidden.device)  # type: ignore[union-attr]
+    stats = row_stats(
+        flat,
+        lm_head,
+        rows,
+        banned_ids=banned_ids,
+        excluded_ids=excluded_ids,
+        temperature=temperature,
+        noise_keys=keys[rows] if temperature > 0 else None,
+        backend=backend,
+    )
+    if some:
+
+        def spread(field: Tensor, fill: float) -> Tensor:
+            return field.new_full((batch * width, *field.shape[1:]), fill).index_copy(0, rows, field)
+
+        stats = RowStats(*(spread(field, 0 if field.dtype == torch.int64 else -math.inf) for field in stats.fields()))
+    return stats.reshape(batch, width)
+
+
+def _run_row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    if rows.device.type == "cpu":  # values can be read without a wait; on a GPU the kernels guard themselves
+        _in_range(rows, "rows", len(hidden))
+        _in_range(probe_ids, "probe_ids", len(lm_head))
+    run = backends.BACKENDS[backend].row_stats
+    return run(hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys)
+
+
+def _fake_row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    def ids() -> Tensor:
+        return rows.new_empty(rows.shape, dtype=torch.int64)
+
+    def numbers() -> Tensor:
+        return rows.new_empty(rows.shape, dtype=torch.float32)
+
+    probes = rows.new_empty(probe_ids.shape, dtype=torch.float32)
+    return ids(), numbers(), ids(), numbers(), numbers(), numbers(), numbers(), probes
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("row_stats", _run_row_stats, _key)
+torch.library.register_fake("dllm::row_stats", _fake_row_stats, lib=_LIBRARY)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_matrices(hidden: Tensor, lm_head: Tensor) -> None:
+    for name, matrix, shape in (("hidden", hidden, "[N, D]"), ("lm_head", lm_head, "[V, D]")):
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"{name}: {type(matrix).__name__} given; a tensor {shape} is needed")
+        if matrix.ndim != 2:
+            raise ValueError(f"{name}: shape {list(matrix.shape)} given; {shape} is needed")
+        if matrix.dtype not in _FLOATS:
+            raise TypeError(f"{name}: {matrix.dtype} given; float32, bfloat16 or float16 is needed")
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name}: stride {matrix.stride(1)} along D given; 1 is needed (call .contiguous())")
+    if hidden.shape[1] != lm_head.shape[1]:
+        raise ValueError(f"lm_head: width {lm_head.shape[1]} given; hidden has {hidden.shape[1]}")
+    if lm_head.device != hidden.device:
+        raise ValueError(f"lm_head: on {lm_head.device}, hidden on {hidden.device}; both must be on one device")
+    if not (0 < lm_head.shape[0] < 2**31 and lm_head.shape[1] > 0):
+        raise ValueError(f"lm_head: shape {list(lm_head.shape)} given; 1 to 2^31 − 1 ids and at least one column")
+
+
+def _check_rows(rows: Tensor, hidden: Tensor) -> tuple[int, torch.device]:
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+        given = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"rows: {given} given; an int32 tensor [R] is needed")
+    if rows.ndim != 1:
+        raise ValueError(f"rows: shape {list(rows.shape)} given; [R] is needed")
+    if rows.device != hidden.device:
+        raise ValueError(f"rows: on {rows.device}, hidden on {hidden.device}; both must be on one device")
+    return rows.shape[0], rows.device
+
+
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: {given} given; {dtype} is needed")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {list(tensor.shape)} given; {list(shape)} is needed")
+    if tensor.device != device:
+        raise ValueError(f"{name}: on {tensor.device}; {device} is needed")
+
+
+def _in_range(values: Tensor, name: str, limit: int) -> None:
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= limit):
+        raise ValueError(f"{name}: {int(values.min())} to {int(values.max())} given; 0 to {limit - 1} allowed")
+
+
+def id_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Ascending int32 [K] without repetitions: what `row_stats` takes for ``banned_ids`` without another check."""
+    return torch.tensor(sorted(set(ids)), dtype=torch.int32, device=device)
+
+
+def _ids(ids: Sequence[int] | Tensor, name: str, lm_head: Tensor) -> Tensor:
+    if isinstance(ids, Tensor):  # made by `id_tensor`
+        _check(ids, name, torch.int32, lm_head.device, (len(ids),))
+        return ids
+    for i in ids:
+        if not (isinstance(i, int) and 0 <= i < len(lm_head)):
+            raise ValueError(f"{name}: {i!r} given; ids 0 to {len(lm_head) - 1} allowed")
+    return id_tensor(ids, lm_head.device)
