@@ -28,11 +28,9 @@ def row_stats(
 ) -> tuple[Tensor, ...]:
     """Fields of `RowStats` in order, from C++ threads (``torch.get_num_threads()`` of them at most)."""
     count = rows.shape[0]
-    ints = torch.empty(2, count, dtype=torch.int64)
-    floats = torch.empty(5, count, dtype=torch.float32)
+    token, second_token = (torch.empty(count, dtype=torch.int64) for _ in range(2))
+    logit, second_logit, logsumexp, log_odds, entropy = (torch.empty(count, dtype=torch.float32) for _ in range(5))
     probes = torch.empty(count, probe_ids.shape[1], dtype=torch.float32)
-    token, second_token = ints
-    logit, second_logit, logsumexp, log_odds, entropy = floats
     if count:
         threads = torch.get_num_threads()
         size = _cpu.scratch_bytes(hidden.shape[1], lm_head.shape[0], count, threads)

@@ -65,12 +65,21 @@ def row_stats(
         noise_keys = torch.empty(0, 3, dtype=torch.int64, device=device)
     elif temperature > 0:
         _check(noise_keys, "noise_keys", torch.int64, device, (count, 3))
-    ids = [_ids(value, name, lm_head) for name, value in (("banned_ids", banned_ids), ("excluded_ids", excluded_ids))]
-    name = backends.resolve(backend, device)
-    arguments = (hidden, lm_head, rows.int(), *ids, probe_ids.contiguous(), float(temperature), noise_keys.contiguous())
     # eager calls skip the dispatcher (6 µs), compiled ones go through it
     run = torch.ops.dllm.row_stats if torch.compiler.is_compiling() else _run_row_stats
-    return RowStats(*run(*arguments, name))
+    return RowStats(
+        *run(
+            hidden,
+            lm_head,
+            rows.int().contiguous(),
+            _ids(banned_ids, "banned_ids", lm_head),
+            _ids(excluded_ids, "excluded_ids", lm_head),
+            probe_ids.contiguous(),
+            float(temperature),
+            noise_keys.contiguous(),
+            backends.resolve(backend, device),
+        )
+    )
 
 
 def block_stats(
