@@ -101,7 +101,7 @@ def canvas_for(model: LLaDA, samples: Sequence[tasks.Sample]) -> int:
 def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -> None:
     """Ten prompts one at a time and as a batch, three ways."""
     rng = random.Random(seed)
-    learned = [name for name in trained_tasks(model) if name in tasks.names()]
+    learned = trained_tasks(model)
     samples = [tasks.generate(learned[i % len(learned)], rng) for i in range(10)]
     gen_length = canvas_for(model, samples)
     for way in WAYS:
@@ -212,7 +212,7 @@ def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sampl
 
 
 def trained_tasks(model: LLaDA) -> list[str]:
-    """Tasks that a model trained here answers, from the ``accuracy.json`` beside it.
+    """Tasks of which a model trained here answered at least half, from the ``accuracy.json`` beside it.
 
     Raises:
         ValueError: the model has no such file, so it does not know the demo's template.
@@ -223,7 +223,8 @@ def trained_tasks(model: LLaDA) -> list[str]:
             f"model: {model.path} has no accuracy.json; `demo` needs a model trained by benchmarks/train_demo.py"
             " (use `dllm-engine generate` for others)"
         )
-    return list(json.loads(file.read_text(encoding="utf-8"))["accuracy"])
+    accuracy = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+    return [task for task in tasks.names() if accuracy.get(task, 0.0) >= 0.5]
 
 
 def _table(title: str) -> Table:
