@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dllm_engine import native, reference
+from dllm_engine.rules import Rule, Step
+from dllm_engine.state import DecodeState
 
 Fields = tuple[Tensor, ...]
 
@@ -19,12 +21,13 @@ class Backend:
     """unavailable: why it cannot run on this machine, "" if it can. devices: where its tensors may live.
 
     row_stats: (hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys) -> the fields of
-    `RowStats` in order; all arguments are checked tensors.
+    `RowStats` in order. decode_step_: the arguments of the registered op, its numbers as a `Step`. All are checked.
     """
 
     unavailable: str
     devices: tuple[str, ...]
     row_stats: Callable[..., Fields]
+    decode_step_: Callable[..., None]
 
     def refuses(self, device: torch.device) -> str:
         """Why it cannot run on tensors of this device, "" if it can."""
@@ -58,10 +61,45 @@ def _eager(
     return stats.fields()
 
 
+def _eager_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sequences: Tensor,
+    tokens: Tensor,
+    undecided: Tensor,
+    progress: Tensor,
+    seeds: Tensor,
+    quota: Tensor,
+    bounds: Tensor,
+    weights: Tensor,
+    stat_ids: Tensor,
+    stat_values: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    end_ids: Tensor,
+    step: Step,
+) -> None:
+    stats = reference.decode_step_(
+        hidden,
+        lm_head,
+        DecodeState.of(
+            tokens, undecided, progress, seeds, quota, prompt_length=step.prompt_length, fill_id=step.fill_id
+        ),
+        sequences,
+        Rule(bounds, weights, step.cut, step.decided_is_one),
+        banned_ids=banned_ids,
+        excluded_ids=excluded_ids,
+        end_ids=end_ids if len(end_ids) else None,
+        temperature=step.temperature,
+    )
+    torch.stack((stats.token, stats.second_token), out=stat_ids)
+    torch.stack((stats.logit, stats.second_logit, stats.logsumexp, stats.log_odds, stats.entropy), out=stat_values)
+
+
 # In order of preference. Filled at import, not by a cached probe: torch.compile would trace into that.
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(native.MISSING, ("cpu",), native.row_stats),
-    "eager": Backend("", (), _eager),  # plain torch on any device: the definition, see `reference`
+    "cpu": Backend(native.MISSING, ("cpu",), native.row_stats, native.decode_step_),
+    "eager": Backend("", (), _eager, _eager_step_),  # plain torch on any device: the definition, see `reference`
 }
 
 

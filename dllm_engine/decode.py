@@ -89,10 +89,10 @@ def decode(
     longest_prompt = prompt.shape[1] - int(padding.min())  # host: input checks, once per decode
     inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
     seeds = inputs.check_seeds(seed, len(prompt))
-    rule = policies.resolve(policy, model, block_length=block_length, cache=cache)
+    policy = policies.resolve(policy, model, block_length=block_length, cache=cache)
     end_of_text = "committed" if end_of_text == "auto" else end_of_text
     backend = backends.resolve(backend, model.device)
-    settings = {"policy": rule, "cache": cache, "end_of_text": end_of_text, "backend": backend, "seed": seeds}
+    settings = {"policy": policy, "cache": cache, "end_of_text": end_of_text, "backend": backend, "seed": seeds}
     return run(
         model,
         DecodeState(
@@ -100,12 +100,12 @@ def decode(
             padding,
             gen_length=gen_length,
             block_length=block_length,
-            steps=steps if steps is not None else rule.default_steps(gen_length),
+            steps=steps if steps is not None else policy.default_steps(gen_length),
             seeds=seeds,
             mask_id=model.mask_id,
             fill_id=model.fill_id,
         ),
-        rule,
+        policy,
         settings,
         temperature=temperature,
         cfg_scale=cfg_scale,
@@ -116,7 +116,7 @@ def decode(
 def run(
     model: LLaDA,
     state: DecodeState,
-    rule: Policy,
+    policy: Policy,
     settings: dict[str, Any],
     *,
     temperature: float = 0.0,
@@ -129,13 +129,20 @@ def run(
     device = model.device
     forward = Forward(model, state, cache=settings["cache"], cfg_scale=cfg_scale)
     stream = SequenceStream(streamer, state)
-    banned = ops.id_tensor((model.mask_id, *range(model.vocab_size, len(model.lm_head)), *extra_banned), device)
-    excluded = ops.id_tensor(excluded_ids, device)
+    banned = (model.mask_id, *range(model.vocab_size, len(model.lm_head)), *extra_banned)
+    scoring: dict[str, Any] = {
+        "banned_ids": ops.id_tensor(banned, device),
+        "excluded_ids": ops.id_tensor(excluded_ids, device),
+        "temperature": temperature,
+        "backend": settings["backend"],
+    }
     end_ids = torch.tensor(model.end_ids, device=device)
+    stopping_ids = end_ids if settings["end_of_text"] != "off" else None
+    fused = policies.as_rule(policy, state.block_length, device)
     passes, sequence_passes = 0, [0] * state.batch
-    where = state.report().tolist()  # host: where every sequence starts
+    where = state.progress.tolist()  # host: where every sequence starts
 
-    while unfinished := [b for b, (start, end, _, _) in enumerate(where) if start < end]:
+    while unfinished := [b for b, (start, end, *_) in enumerate(where) if start < end]:
         beginning = [b for b in unfinished if where[b][2] == 0]
         refresh = settings["cache"] != "none" and bool(beginning)
         joining = beginning if refresh else unfinished
@@ -146,24 +153,17 @@ def run(
         hidden = forward(
             sequences, refresh=refresh, width=width, first=min(starts), shortest=min(ends), longest=max(ends)
         )
-        block = state.block(sequences, width)
-        stats = ops.block_stats(
-            hidden,
-            model.lm_head,
-            block.noise_keys,
-            None if rule.reads_decided else block.undecided,
-            banned_ids=banned,
-            excluded_ids=excluded,
-            temperature=temperature,
-            backend=settings["backend"],
-        )
-        score, selected = rule.score(stats, block), rule.select(stats, block)
-        commit_(state, block, stats, score, selected, end_ids=end_ids if settings["end_of_text"] != "off" else None)
+        if fused is not None:
+            ops.decode_step_(hidden, model.lm_head, state, sequences, fused, end_ids=stopping_ids, **scoring)
+        else:
+            block = state.block(sequences, width)
+            stats = ops.block_stats(hidden, model.lm_head, block, reads_decided=policy.reads_decided, **scoring)
+            commit_(state, block, stats, policy.score(stats, block), policy.select(stats, block), end_ids=stopping_ids)
 
         passes += 1
         for b in joining:
             sequence_passes[b] += 1
-        where = state.report().tolist()  # host: the one read between steps; decides who joins the next call
+        where = state.progress.tolist()  # host: the one read between steps; decides who joins the next call
         for b in joining:
             if where[b][3] < state.length:
                 raise RuntimeError(

@@ -57,6 +57,10 @@ class LearnedFilter(nn.Module):
         x = F.pad(confidence, (0, self.block_length - width))
         return self.linear2(F.relu(self.linear1(x)))[..., :width]
 
+    def packed(self) -> Tensor:
+        """float32 [2 F² + 2 F]: the tensors one after the other, as `rules.Rule` takes them."""
+        return torch.cat([self.get_parameter(name).detach().float().flatten() for name in _TENSORS])
+
     def check(self, model: Any, *, block_length: int, cache: str) -> None:
         """Compare with the model and settings of a decode.
 

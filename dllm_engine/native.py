@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllm_engine.rules import Step
+
 MISSING = ""  # why there is no `_cpu`
 try:
     from dllm_engine import _cpu  # type: ignore[attr-defined]
@@ -57,6 +59,50 @@ def row_stats(
             -(-scratch.data_ptr() // 64) * 64,
         )
     return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
+
+
+def decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sequences: Tensor,
+    tokens: Tensor,
+    undecided: Tensor,
+    progress: Tensor,
+    seeds: Tensor,
+    quota: Tensor,
+    bounds: Tensor,
+    weights: Tensor,
+    stat_ids: Tensor,
+    stat_values: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    end_ids: Tensor,
+    step: Step,
+    isa: str = "auto",
+) -> None:
+    """Score, decide and commit; `ops.decode_step_` describes the arguments."""
+    batch, width, dim = hidden.shape
+    threads = torch.get_num_threads()
+    size = _cpu.scratch_bytes(dim, lm_head.shape[0], batch * width, threads)
+    scratch = torch.empty(size + 63, dtype=torch.uint8)
+    _cpu.decode_step(
+        (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(1)),
+        (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+        dim,
+        lm_head.shape[0],
+        *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids)),
+        step.temperature,
+        batch,
+        width,
+        sequences.data_ptr(),
+        tuple(t.data_ptr() for t in (tokens, undecided, progress, seeds, quota)),
+        (tokens.shape[1], step.prompt_length, len(quota), step.fill_id),
+        (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut, step.decided_is_one, step.all_rows),
+        tuple(t.data_ptr() for t in (*stat_ids, *stat_values)),
+        threads,
+        ISAS[isa],
+        -(-scratch.data_ptr() // 64) * 64,
+    )
 
 
 def scratch_bytes(dim: int, vocab: int, count: int, threads: int) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dllm_engine import backends
 from dllm_engine.reference import RowStats
+from dllm_engine.rules import MAX_FILTER, Rule, Step
+from dllm_engine.state import BlockState, DecodeState
 
 MAX_PROBES = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,6 +21,12 @@ _LIBRARY.define(
     "row_stats(Tensor hidden, Tensor lm_head, Tensor rows, Tensor banned_ids, Tensor excluded_ids, Tensor probe_ids,"
     " float temperature, Tensor noise_keys, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "decode_step_(Tensor hidden, Tensor lm_head, Tensor sequences, Tensor(a!) tokens, Tensor(b!) undecided,"
+    " Tensor(c!) progress, Tensor seeds, Tensor quota, Tensor bounds, Tensor weights, Tensor(d!) stat_ids,"
+    " Tensor(e!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids, int prompt_length, int fill_id,"
+    " float temperature, int filter_length, float cut, bool decided_is_one, bool all_rows, str backend) -> ()"
 )
 
 
@@ -52,8 +60,7 @@ def row_stats(
     """
     _check_matrices(hidden, lm_head)
     count, device = _check_rows(rows, hidden)
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0 is needed")
+    _check_temperature(temperature)
     if probe_ids is None:
         probe_ids = torch.empty(count, 0, dtype=torch.int64, device=device)
     _check(probe_ids, "probe_ids", torch.int64, device, (count, probe_ids.shape[-1] if probe_ids.ndim else 0))
@@ -82,31 +89,113 @@ def row_stats(
     )
 
 
+def decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    state: DecodeState,
+    sequences: Tensor,
+    rule: Rule,
+    *,
+    banned_ids: Sequence[int] | Tensor = (),
+    excluded_ids: Sequence[int] | Tensor = (),
+    end_ids: Tensor | None = None,
+    temperature: float = 0.0,
+    backend: str = "auto",
+) -> RowStats:
+    """Score the rows of a block, decide by ``rule``, commit, end the text; ``state`` is changed in place.
+
+    Args:
+        hidden: [B', S, D], the first S rows of the blocks of ``sequences``. lm_head: [V, D].
+        sequences: int64 [B'], different rows of ``state``; each has an undecided position.
+        rule: see `rules.Rule`.
+        banned_ids, excluded_ids, temperature, backend: as for `row_stats`.
+        end_ids: int64 [E]; with them an end id committed at j ends the text there. None: end of text is off.
+
+    Returns:
+        The statistics, fields [B', S]. Decided rows hold token 0 and log-odds −inf where a backend may leave them out.
+
+    Raises:
+        TypeError, ValueError: a bad argument, naming it. RuntimeError: a named backend that cannot run here.
+    """
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: {given} given; a tensor [B', S, D] is needed")
+    batch, width, _ = hidden.shape
+    device = hidden.device
+    hidden = hidden if hidden.is_contiguous() else hidden.contiguous()
+    _check_matrices(hidden.flatten(0, 1), lm_head)
+    _check_temperature(temperature)
+    _check(sequences, "sequences", torch.int64, device, (batch,))
+    if not 0 < width <= len(state.quota):
+        raise ValueError(f"hidden: {width} rows a block given; 1 to the block length {len(state.quota)} allowed")
+    _check(state.tokens, "state", torch.int64, device, (state.batch, state.length))
+    _check(rule.bounds, "rule.bounds", torch.float32, device, (rule.bounds.numel(),))
+    if len(rule.bounds) < width:
+        raise ValueError(f"rule.bounds: {len(rule.bounds)} given; the block has {width} rows")
+    size = rule.filter_length
+    _check(rule.weights, "rule.weights", torch.float32, device, (2 * size * size + 2 * size,))
+    if size and not width <= size <= MAX_FILTER:
+        raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {width} to {MAX_FILTER}")
+    if end_ids is None:
+        end_ids = torch.empty(0, dtype=torch.int64, device=device)
+    _check(end_ids, "end_ids", torch.int64, device, (len(end_ids),))
+    ids = torch.zeros(2, batch, width, dtype=torch.int64, device=device)
+    values = torch.full((5, batch, width), -math.inf, device=device)
+    run = torch.ops.dllm.decode_step_ if torch.compiler.is_compiling() else _run_decode_step_
+    run(
+        hidden,
+        lm_head,
+        sequences.contiguous(),
+        state.tokens,
+        state.undecided,
+        state.progress,
+        state.seeds,
+        state.quota,
+        rule.bounds.contiguous(),
+        rule.weights.contiguous(),
+        ids,
+        values,
+        _ids(banned_ids, "banned_ids", lm_head),
+        _ids(excluded_ids, "excluded_ids", lm_head),
+        end_ids.contiguous(),
+        state.prompt_length,
+        state.fill_id,
+        float(temperature),
+        size,
+        rule.cut,
+        rule.decided_is_one,
+        rule.reads_decided,
+        backends.resolve(backend, device),
+    )
+    token, second_token = ids.unbind()
+    logit, second_logit, logsumexp, log_odds, entropy = values.unbind()
+    none = values.new_empty(batch, width, 0)
+    return RowStats(token, logit, second_token, second_logit, logsumexp, log_odds, entropy, none)
+
+
 def block_stats(
     hidden: Tensor,
     lm_head: Tensor,
-    noise_keys: Tensor,
-    wanted: Tensor | None,
+    block: BlockState,
     *,
+    reads_decided: bool,
     banned_ids: Tensor,
     excluded_ids: Tensor,
     temperature: float,
     backend: str,
 ) -> RowStats:
-    """`row_stats` of a block call, every field [B, S].
+    """`row_stats` of a block call, every field [B', S]: for policies that are no `Rule`.
 
     Args:
-        hidden: [B, S, D]. noise_keys: int64 [B, S, 3].
-        wanted: bool [B, S], rows that are needed; None means all. On CPUs the others are not computed: they hold token
-            0 and log-odds −inf. (On a GPU that would need the host to know how many there are.)
+        hidden: [B', S, D]. block: the rows. reads_decided: whether decided rows are needed. On CPUs they are else not
+            computed and hold token 0 and log-odds −inf. (On a GPU the host would have to know how many there are.)
     """
     batch, width, _ = hidden.shape
-    flat = hidden.flatten(0, 1)
-    keys = noise_keys.flatten(0, 1)
-    some = wanted is not None and hidden.device.type == "cpu"
-    rows = wanted.flatten().nonzero()[:, 0] if some else torch.arange(batch * width, device=hidden.device)  # type: ignore[union-attr]
+    keys = block.noise_keys.flatten(0, 1)
+    some = not reads_decided and hidden.device.type == "cpu"
+    rows = block.undecided.flatten().nonzero()[:, 0] if some else torch.arange(batch * width, device=hidden.device)
     stats = row_stats(
-        flat,
+        hidden.flatten(0, 1),
         lm_head,
         rows,
         banned_ids=banned_ids,
@@ -142,6 +231,59 @@ def _run_row_stats(
     return run(hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys)
 
 
+def _run_decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sequences: Tensor,
+    tokens: Tensor,
+    undecided: Tensor,
+    progress: Tensor,
+    seeds: Tensor,
+    quota: Tensor,
+    bounds: Tensor,
+    weights: Tensor,
+    stat_ids: Tensor,
+    stat_values: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    end_ids: Tensor,
+    prompt_length: int,
+    fill_id: int,
+    temperature: float,
+    filter_length: int,
+    cut: float,
+    decided_is_one: bool,
+    all_rows: bool,
+    backend: str,
+) -> None:
+    step = Step(prompt_length, fill_id, temperature, filter_length, cut, decided_is_one, all_rows)
+    if sequences.device.type == "cpu":
+        _in_range(sequences, "sequences", len(tokens))
+        if len(sequences.unique()) < len(sequences):
+            raise ValueError(f"sequences: {sequences.tolist()} given; each may occur once")
+        start = progress[sequences, 0]
+        _in_range(start, "state.progress", tokens.shape[1] - hidden.shape[1] + 1)
+        _in_range(progress[sequences, 2], "state.progress", len(quota))
+    backends.BACKENDS[backend].decode_step_(
+        hidden,
+        lm_head,
+        sequences,
+        tokens,
+        undecided,
+        progress,
+        seeds,
+        quota,
+        bounds,
+        weights,
+        stat_ids,
+        stat_values,
+        banned_ids,
+        excluded_ids,
+        end_ids,
+        step,
+    )
+
+
 def _fake_row_stats(
     hidden: Tensor,
     lm_head: Tensor,
@@ -165,6 +307,8 @@ def _fake_row_stats(
 
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("row_stats", _run_row_stats, _key)
+    _LIBRARY.impl("decode_step_", _run_decode_step_, _key)
+torch.library.register_fake("dllm::decode_step_", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("dllm::row_stats", _fake_row_stats, lib=_LIBRARY)
 
 
@@ -187,6 +331,11 @@ def _check_matrices(hidden: Tensor, lm_head: Tensor) -> None:
         raise ValueError(f"lm_head: on {lm_head.device}, hidden on {hidden.device}; both must be on one device")
     if not (0 < lm_head.shape[0] < 2**31 and lm_head.shape[1] > 0):
         raise ValueError(f"lm_head: shape {list(lm_head.shape)} given; 1 to 2^31 − 1 ids and at least one column")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0 is needed")
 
 
 def _check_rows(rows: Tensor, hidden: Tensor) -> tuple[int, torch.device]:

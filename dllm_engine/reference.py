@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm_engine import rules
 from dllm_engine.noise import gumbel
+from dllm_engine.rules import ranking
 
 if TYPE_CHECKING:
     from dllm_engine.state import BlockState, DecodeState
@@ -157,6 +159,34 @@ def row_stats(
     )
 
 
+def decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    state: DecodeState,
+    sequences: Tensor,
+    rule: rules.Rule,
+    *,
+    banned_ids: Sequence[int] | Tensor = (),
+    excluded_ids: Sequence[int] | Tensor = (),
+    end_ids: Tensor | None = None,
+    temperature: float = 0.0,
+) -> RowStats:
+    """Score a block's rows, decide by ``rule``, commit. hidden: [B', S, D] of ``sequences`` [B']. Stats are [B', S]."""
+    batch, width, dim = hidden.shape
+    block = state.block(sequences, width)
+    stats = row_stats(
+        hidden.reshape(-1, dim),
+        lm_head,
+        torch.arange(batch * width, device=hidden.device),
+        banned_ids=banned_ids,
+        excluded_ids=excluded_ids,
+        temperature=temperature,
+        noise_keys=block.noise_keys.flatten(0, 1),
+    ).reshape(batch, width)
+    commit_(state, block, stats, stats.log_odds, rules.select(rule, stats, block), end_ids=end_ids)
+    return stats
+
+
 def _marked(ids: Sequence[int] | Tensor, lm_head: Tensor) -> Tensor:
     """bool [V], True at ``ids``."""
     index = torch.as_tensor(ids, dtype=torch.int64, device=lm_head.device)
@@ -189,9 +219,7 @@ def commit_(
     """
     undecided = block.undecided
     failed = undecided & ((stats.token < 0) | score.isnan())
-    # an undecided position with confidence 0 still ranks before every decided one
-    order = score.clamp_min(torch.finfo(torch.float32).min).masked_fill(~undecided, _NEG_INF)
-    rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = ranking(score, undecided).argsort(dim=1)
     chosen = undecided & (selected | (rank < block.quota[:, None])) & ~failed
 
     rows, columns = block.sequences[:, None], block.columns
@@ -208,6 +236,7 @@ def commit_(
         state.tokens.masked_fill_(beyond, state.fill_id)
         state.undecided &= ~beyond
 
+    state.left[block.sequences] = state.undecided[block.sequences].sum(1)
     left = state.undecided[rows, columns].any(1)
     state.step[block.sequences] += 1
     state.step_in_block[block.sequences] = torch.where(left, state.step_in_block[block.sequences] + 1, 0)

@@ -29,14 +29,22 @@ class BlockState:
 
 
 class DecodeState:
-    """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and one value a sequence.
+    """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.
 
     Attributes:
         tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L].
-        padding: int64 [B], left-padding columns. active_end: int64 [B], first column after the end of the text.
-        block_start: int64 [B]; step_in_block: int64 [B], 0 exactly when a block begins; step: int64 [B], calls made.
-        failed_at: int64 [B], first column without a valid token, L if none.
+        padding: int64 [B], left-padding columns. seeds: int64 [B]. quota: int64 [block_length], per step of a block.
+        progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
+            block_start; active_end, first column after the end of the text; step_in_block, 0 exactly when a block
+            begins; failed_at, first column without a valid token, L if none; step, calls made; left, undecided columns.
     """
+
+    block_start = property(lambda self: self.progress[:, 0])
+    active_end = property(lambda self: self.progress[:, 1])
+    step_in_block = property(lambda self: self.progress[:, 2])
+    failed_at = property(lambda self: self.progress[:, 3])
+    step = property(lambda self: self.progress[:, 4])
+    left = property(lambda self: self.progress[:, 5])
 
     def __init__(
         self,
@@ -54,20 +62,31 @@ class DecodeState:
         self.batch, self.length = batch, self.prompt_length + gen_length
         self.block_length, self.fill_id = block_length, fill_id
         device = prompt.device
-
-        def per_sequence(value: int) -> Tensor:
-            return torch.full((batch,), value, dtype=torch.int64, device=device)
-
         canvas = torch.full((batch, gen_length), mask_id, dtype=torch.int64, device=device)
         self.tokens = torch.cat((prompt, canvas), dim=1)
         self.undecided = (torch.arange(self.length, device=device) >= self.prompt_length).expand(batch, -1).clone()
         self.padding = padding
-        self.active_end = per_sequence(self.length)
-        self.block_start = per_sequence(self.prompt_length)
-        self.step_in_block, self.step = per_sequence(0), per_sequence(0)
-        self.failed_at = per_sequence(self.length)
+        start = [self.prompt_length, self.length, 0, self.length, 0, gen_length]
+        self.progress = torch.tensor([start] * batch, device=device)
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self._quota = _quota_table(gen_length, block_length, steps).to(device)
+        self.quota = _quota_table(gen_length, block_length, steps).to(device)
+
+    @classmethod
+    def of(
+        cls, tokens: Tensor, undecided: Tensor, progress: Tensor, seeds: Tensor, quota: Tensor, **sizes: int
+    ) -> DecodeState:
+        """The state that shares these tensors; ``sizes``: prompt_length, fill_id. It has no padding."""
+        state = cls.__new__(cls)
+        state.tokens, state.undecided, state.progress, state.seeds, state.quota = (
+            tokens,
+            undecided,
+            progress,
+            seeds,
+            quota,
+        )
+        (state.batch, state.length), state.block_length = tokens.shape, len(quota)
+        state.prompt_length, state.fill_id = sizes["prompt_length"], sizes["fill_id"]
+        return state
 
     def block(self, sequences: Tensor, width: int) -> BlockState:
         """The view of a call: ``sequences`` [B'] and the first ``width`` rows of their blocks."""
@@ -78,13 +97,9 @@ class DecodeState:
             columns=columns,
             undecided=self.undecided[sequences[:, None], columns],
             active=columns < self.active_end[sequences, None],
-            quota=self._quota[self.step_in_block[sequences]],
+            quota=self.quota[self.step_in_block[sequences]],
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),
         )
-
-    def report(self) -> Tensor:
-        """int64 [B, 4] for the host: block_start, active_end, step_in_block, failed_at."""
-        return torch.stack((self.block_start, self.active_end, self.step_in_block, self.failed_at), dim=1)
 
 
 def _quota_table(gen_length: int, block_length: int, steps: int | None) -> Tensor:

@@ -26,7 +26,7 @@ class SequenceStream:
         streamer.put(state.tokens[:, : state.prompt_length].cpu())
 
     def step(self, where: list[int]) -> None:
-        """After a step: ``where`` is the sequence's row of `DecodeState.report`."""
+        """After a step: ``where`` is the sequence's row of `DecodeState.progress`."""
         if self.streamer is None:
             return
         start, end = where[:2]

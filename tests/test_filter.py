@@ -123,8 +123,9 @@ def test_auto_takes_the_filter_that_the_model_ships(tmp_path: Path) -> None:
     assert repr(out.settings["policy"]) == "Threshold(threshold=0.9)"
 
 
-def test_what_decided_and_ended_positions_feed_the_filter() -> None:
-    """A filter that copies its input: 0.99 for decided ones by the convention "one", 0.0 beyond the end."""
+@pytest.mark.parametrize(("convention", "expected"), [("model", [0.5, 0.5, 0.5, 0.0]), ("one", [0.5, 1.0, 0.5, 0.0])])
+def test_what_decided_and_ended_positions_feed_the_filter(convention: str, expected: list[float]) -> None:
+    """A filter whose first output is its input at k, asked with thresholds just below and above what k should be."""
     from test_reference import make_state, make_stats
 
     state = make_state(batch=1)
@@ -132,11 +133,12 @@ def test_what_decided_and_ended_positions_feed_the_filter() -> None:
     state.active_end[0] = 5
     block = state.block(torch.tensor([0]), 4)
     stats = make_stats([[5, 6, 7, 8]])  # log-odds 0: confidence 0.5
-    seen = {}
-    for convention in ("model", "one"):
+    for k, value in enumerate(expected):
         learned = LearnedFilter(4, confidence_of_decided=convention)
-        rule = Learn2PD(learned, 0.5)
-        learned.forward = lambda c, into=convention: seen.setdefault(into, c) * 0  # type: ignore[method-assign, misc]
-        assert not rule.select(stats, block).any()  # sigmoid(0) > 0.5 is false
-    assert seen["model"].tolist() == [[0.5, 0.5, 0.5, 0.0]]
-    assert seen["one"].tolist() == [[0.5, 1.0, 0.5, 0.0]]
+        with torch.no_grad():
+            learned.linear1.weight.copy_(torch.eye(4))
+            learned.linear1.bias.zero_()
+            learned.linear2.weight.copy_(torch.eye(4)[[k, 1, 2, 3]])
+            learned.linear2.bias.copy_(torch.tensor([-value, 0, 0, 0]))
+        above, below = (Learn2PD(learned, 0.5 + shift).select(stats, block)[0, 0] for shift in (1e-6, -1e-6))
+        assert (above.item(), below.item()) == (False, True)

@@ -36,7 +36,7 @@ def model() -> LLaDA:
         ({"steps": 6}, ValueError, r"steps: 6 given; the 4 blocks .* must divide it"),
         ({"gen_length": 1024}, ValueError, "prompt of 2 tokens \\+ 1024 exceeds .* max_sequence_length 1024"),
         ({"policy": "best"}, ValueError, "policy: 'best' given; known: auto, topk, random, threshold"),
-        ({"policy": 3}, TypeError, "policy: int given; a name or an object"),
+        ({"policy": 3}, TypeError, "policy: int given; a name or a policies.Policy"),
         ({"policy": "learn2pd"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
         ({"cache": "triple"}, ValueError, "cache: 'triple' given; known: none, prefix, dual"),
         ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed"),

@@ -184,12 +184,12 @@ def test_commit_takes_the_best_and_the_selected() -> None:
     step(state, tokens, [[0.1, 0.9, 0.9, 0.2], [-math.inf] * 4], [[True, False, False, False], [False] * 4])
     assert state.tokens[:, 2:6].tolist() == [[10, 11, 99, 99], [20, 99, 99, 99]]  # equal scores: the lower position
     assert state.undecided[:, 2:6].tolist() == [[False, False, True, True], [False, True, True, True]]
-    assert state.report().tolist() == [[2, 10, 1, 10], [2, 10, 1, 10]]
+    assert state.progress[:, :4].tolist() == [[2, 10, 1, 10], [2, 10, 1, 10]]
     step(state, [[0] * 4] * 2, [[9.0] * 4] * 2, [[True, True, False, False], [False] * 4])
     assert state.tokens[0, 2:6].tolist() == [10, 11, 0, 99]  # decided ones stay
     step(state, [[7] * 4] * 2, [[9.0] * 4] * 2, [[True] * 4] * 2)
     assert state.tokens[:, 2:6].tolist() == [[10, 11, 0, 7], [20, 0, 7, 7]]
-    assert state.report().tolist() == [[6, 10, 0, 10], [6, 10, 0, 10]]  # both go on to the next block
+    assert state.progress[:, :4].tolist() == [[6, 10, 0, 10], [6, 10, 0, 10]]  # both go on to the next block
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_an_end_id_ends_the_text_where_the_first_one_stands() -> None:
     assert state.undecided[0].tolist() == [False, False, True] + [False] * 7
     assert state.tokens[1].tolist() == [50, 51, 99, 21, 22, 99, 99, 99, 99, 99]
     step(state, [[10] * 4, [1, 21, 22, 23]], [[1.0] * 4] * 2, ends=[1, 2])
-    assert state.report()[0].tolist() == [6, 4, 0, 10]
-    assert state.report()[1, :2].tolist() == [6, 3]
+    assert state.progress[0, :4].tolist() == [6, 4, 0, 10]
+    assert state.progress[1, :2].tolist() == [6, 3]
 
 
 def test_a_row_without_token_is_reported_and_not_written() -> None:

@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "../include/dllm/commit.h"
 #include "../include/dllm/philox.h"
 #include "kernel.h"
 
@@ -163,7 +164,7 @@ bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
             RowState row = states[r];
             for (std::int64_t s = 1; s < at.segments; ++s) merge_rows(row, states[s * at.rows + r]);
             const RowResult out = finish_row(row);
-            const std::int64_t i = first_row + r;
+            const std::int64_t i = a.out_at == nullptr ? first_row + r : a.out_at[first_row + r];
             a.token[i] = out.token;
             a.second_token[i] = out.second_token;
             a.logit[i] = out.logit;
@@ -173,6 +174,29 @@ bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
             a.entropy[i] = out.entropy;
         }
     }
+    return true;
+}
+
+bool decode_step_cpu(RowStatsArgs stats, const StepArgs& step, int threads, int isa, void* scratch) {
+    std::vector<std::int32_t> rows;
+    std::vector<std::int64_t> keys;
+    for (std::int64_t r = 0; r < step.batch; ++r) {
+        const std::int64_t b = step.sequences[r], *progress = step.progress + b * kProgress;
+        for (std::int64_t i = 0; i < step.width; ++i) {
+            const std::int64_t column = progress[kBlockStart] + i;
+            if (!step.all_rows && !step.undecided[b * step.length + column]) continue;
+            rows.push_back(static_cast<std::int32_t>(r * step.width + i));
+            keys.insert(keys.end(), {step.seeds[b], column - step.prompt_length, progress[kStep]});
+        }
+    }
+    stats.rows = stats.out_at = rows.data();
+    stats.count = static_cast<std::int64_t>(rows.size());
+    stats.noise_keys = keys.data();
+    if (!rows.empty() && !row_stats_cpu(stats, threads, isa, scratch)) return false;
+    std::vector<std::int32_t> ranks(static_cast<std::size_t>(step.width));
+    CommitScratch shared;
+    shared.rank = ranks.data();
+    for (std::int64_t r = 0; r < step.batch; ++r) commit_sequence(step, r, OneThread{}, shared);
     return true;
 }
 

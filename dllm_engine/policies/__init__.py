@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
+
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
-from dllm_engine.policies.base import Policy
+from dllm_engine.policies.base import Policy, RulePolicy
 from dllm_engine.policies.learn2pd import Learn2PD
 from dllm_engine.policies.threshold import Factor, Threshold
 from dllm_engine.policies.topk import Random, TopK
+from dllm_engine.rules import MAX_FILTER, Rule
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -40,12 +43,17 @@ def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str
         if policy not in _RULES:
             raise ValueError(f"policy: {policy!r} given; known: auto, {', '.join(_RULES)}")
         policy = Learn2PD(_shipped_filter(model)) if policy == Learn2PD.name else _RULES[policy]()
-    if not (hasattr(policy, "score") and hasattr(policy, "select")):
-        raise TypeError(
-            f"policy: {type(policy).__name__} given; a name or an object with score() and select() is needed"
-        )
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy: {type(policy).__name__} given; a name or a policies.Policy is needed")
     policy.check(model, block_length=block_length, cache=cache)
     return policy
+
+
+def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | None:
+    """The policy as data that a kernel decides by; None if its own `score` and `select` must be called."""
+    own = type(policy).score is not Policy.score or type(policy).select is not RulePolicy.select
+    rule = None if own else policy.rule(block_length, device)
+    return None if rule is None or rule.filter_length > MAX_FILTER else rule
 
 
 def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:

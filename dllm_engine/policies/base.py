@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine.reference import RowStats
+from dllm_engine.rules import Rule, select
 from dllm_engine.state import BlockState
 
 
@@ -29,6 +30,10 @@ class Policy:
         """Positions to commit beyond the quota, bool [B, S]; decided ones are ignored. Nothing by default."""
         return torch.zeros_like(state.undecided)
 
+    def rule(self, block_length: int, device: torch.device) -> Rule | None:
+        """The rule as data, if a kernel can decide by it; None has `score` and `select` called after every pass."""
+        return None
+
     def default_steps(self, gen_length: int) -> int | None:
         """Steps of the static schedule when the caller gives none; None means a quota of one position a step."""
         return None
@@ -41,6 +46,10 @@ class Policy:
         return f"{type(self).__name__}({values})"
 
 
-def undecided_confidence(stats: RowStats, state: BlockState) -> Tensor:
-    """Confidence [B, S] with decided positions at −1, below every threshold."""
-    return stats.confidence.masked_fill(~state.undecided, -1.0)
+class RulePolicy(Policy):
+    """A policy that is a `Rule`: kernels decide by it, and `select` is its definition in torch."""
+
+    def select(self, stats: RowStats, state: BlockState) -> Tensor:
+        rule = self.rule(state.undecided.shape[1], stats.token.device)
+        assert rule is not None
+        return select(rule, stats, state)

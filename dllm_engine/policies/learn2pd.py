@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 from dllm_engine.filter import DEFAULT_THRESHOLD, LearnedFilter
-from dllm_engine.policies.base import Policy
-from dllm_engine.reference import RowStats
-from dllm_engine.state import BlockState
+from dllm_engine.policies.base import RulePolicy
+from dllm_engine.rules import Rule, by_filter
 
 
-class Learn2PD(Policy):
+class Learn2PD(RulePolicy):
     """Commit undecided positions whose ``sigmoid(filter(confidences of the block)) > threshold``.
 
     Args:
@@ -32,12 +31,9 @@ class Learn2PD(Policy):
     def reads_decided(self) -> bool:  # type: ignore[override]
         return self.filter.confidence_of_decided == "model"
 
-    def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        confidence = stats.confidence
-        if self.filter.confidence_of_decided == "one":
-            confidence = confidence.masked_fill(~state.undecided, 1.0)
-        confidence = confidence.masked_fill(~state.active, 0.0)
-        return self.filter(confidence).sigmoid() > self.threshold
+    def rule(self, block_length: int, device: torch.device) -> Rule:
+        weights = self.filter.packed().to(device)
+        return by_filter(weights, self.threshold, block_length, self.filter.confidence_of_decided == "one")
 
     def check(self, model: object, *, block_length: int, cache: str) -> None:
         self.filter.check(model, block_length=block_length, cache=cache)

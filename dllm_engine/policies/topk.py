@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from dllm_engine.noise import uniform_scores
-from dllm_engine.policies.base import Policy
+from dllm_engine.policies.base import RulePolicy
 from dllm_engine.reference import RowStats
+from dllm_engine.rules import Rule, by_bounds
 from dllm_engine.state import BlockState
 
 
-class TopK(Policy):
+class TopK(RulePolicy):
     """Low-confidence remasking (LLaDA, arXiv 2502.09992): the quota's most confident positions, nothing more.
 
     ``steps`` defaults to ``gen_length``: one token per step.
@@ -18,6 +22,9 @@ class TopK(Policy):
 
     name = "topk"
     reads_decided = False
+
+    def rule(self, block_length: int, device: torch.device) -> Rule | None:
+        return by_bounds((math.inf,) * block_length, device)
 
     def default_steps(self, gen_length: int) -> int | None:
         return gen_length

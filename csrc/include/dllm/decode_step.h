@@ -28,6 +28,28 @@ struct RowStatsArgs {
     // results, [count] each (probe_logits [count, probes])
     std::int64_t *token, *second_token;
     float *logit, *second_logit, *logsumexp, *log_odds, *entropy, *probe_logits;
+    const std::int32_t* out_at;  // [count], where a row's results go; nullptr: in order
+};
+
+// A block step: which rows there are, how to decide, and the state that it changes (dllm_engine/state.py, rules.py).
+struct StepArgs {
+    std::int64_t batch, width;      // sequences and rows of the call; statistics are [batch, width]
+    const std::int64_t* sequences;  // [batch], rows of the tensors below
+    std::int64_t length, prompt_length, block_length, fill_id;
+    std::int64_t* tokens;     // [B, length]
+    std::uint8_t* undecided;  // [B, length]
+    std::int64_t* progress;   // [B, 6]
+    const std::int64_t* seeds;  // [B]
+    const std::int64_t* quota;  // [block_length]
+    const float* bounds;        // [block_length]
+    const float* weights;       // filter, [2 F^2 + 2 F]
+    std::int64_t filter_length;  // F, 0 without a filter
+    double cut;
+    std::int32_t decided_is_one, all_rows;  // all_rows: decided ones are scored too
+    const std::int64_t* end_ids;
+    std::int64_t end_count;      // 0: end of text is off
+    const std::int64_t* token;   // statistics of the rows
+    const float* log_odds;
 };
 
 // Scratch that row_stats_cpu needs, in bytes; the caller allocates it, 64-byte aligned.
@@ -35,6 +57,8 @@ std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int
 
 // isa: 0 the best that this CPU has, 1 scalar, 2 AVX2. Returns false if the CPU lacks it.
 bool row_stats_cpu(const RowStatsArgs& args, int threads, int isa, void* scratch);
+// Scores the undecided rows (results of the others are left alone), decides, commits. `stats` needs no rows or keys.
+bool decode_step_cpu(RowStatsArgs stats, const StepArgs& step, int threads, int isa, void* scratch);
 bool cpu_has_avx2();
 
 }  // namespace dllm

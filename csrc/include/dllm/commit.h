@@ -1,0 +1,127 @@
+// Select, commit, end of text: what a step does once the statistics of its rows are known. One copy of the decisions for
+// host and device; dllm_engine/reference.py (commit_) and rules.py (select) define them.
+#pragma once
+
+#include "decode_step.h"
+#include "row_stats.h"
+
+namespace dllm {
+
+// Columns of a sequence's progress, as in dllm_engine/state.py.
+enum Progress { kBlockStart, kActiveEnd, kStepInBlock, kFailedAt, kStep, kLeft, kProgress };
+
+// The threads that work on one sequence. Every lane makes the same calls in the same order.
+struct OneThread {
+    static constexpr int lane = 0, lanes = 1;
+    void sync() const {}
+    std::int64_t least(std::int64_t x) const { return x; }
+    std::int64_t most(std::int64_t x) const { return x; }
+    std::int64_t total(std::int64_t x) const { return x; }
+};
+
+constexpr std::int64_t kMaxFilter = 128;
+
+struct CommitScratch {  // shared by the lanes
+    std::int32_t* rank;  // [width]
+    double layer[kMaxFilter];
+    float confidence[kMaxFilter];
+};
+
+// An undecided score of -inf (or a failed one) still ranks before every decided position.
+DLLM_HD float ranked(float score) {
+    const float least = -3.402823466e38f;
+    return score >= least ? score : least;
+}
+
+template <class Team>
+DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Team& team, CommitScratch& scratch) {
+    const std::int64_t b = a.sequences[call_row], width = a.width;
+    std::int64_t* progress = a.progress + b * kProgress;
+    std::int64_t* tokens = a.tokens + b * a.length;
+    std::uint8_t* undecided = a.undecided + b * a.length;
+    const std::int64_t start = progress[kBlockStart], old_end = progress[kActiveEnd];
+    const std::int64_t* token = a.token + call_row * width;
+    const float* odds = a.log_odds + call_row * width;
+
+    // ranks by log-odds, equal ones by position; the largest n of the bounds; the first failure
+    std::int64_t failed_at = a.length, picked = 0;
+    for (std::int64_t i = team.lane; i < width; i += team.lanes) {
+        if (!undecided[start + i]) continue;
+        if (token[i] < 0 || odds[i] != odds[i]) failed_at = failed_at < start + i ? failed_at : start + i;
+        const float own = ranked(odds[i]);
+        std::int32_t rank = 0;
+        for (std::int64_t j = 0; j < width; ++j) {
+            if (!undecided[start + j]) continue;
+            const float other = ranked(odds[j]);
+            rank += other > own || (other == own && j < i);
+        }
+        scratch.rank[i] = rank;
+        if (odds[i] >= a.bounds[rank] && rank + 1 > picked) picked = rank + 1;
+    }
+    failed_at = team.least(failed_at);
+    picked = team.most(picked);
+
+    // Learn2PD: two small layers over the block's confidences, in double so that no order of additions shows
+    const std::int64_t size = a.filter_length;
+    const float *w1 = a.weights, *b1 = w1 + size * size, *w2 = b1 + size, *b2 = w2 + size * size;
+    if (size > 0) {
+        for (std::int64_t i = team.lane; i < size; i += team.lanes) {
+            float x = 0.0f;
+            if (i < width && start + i < old_end) {
+                x = a.decided_is_one && !undecided[start + i]
+                        ? 1.0f
+                        : static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(odds[i]))));
+            }
+            scratch.confidence[i] = x;
+        }
+        team.sync();
+        for (std::int64_t i = team.lane; i < size; i += team.lanes) {
+            double sum = b1[i];
+            for (std::int64_t k = 0; k < size; ++k)
+                sum += static_cast<double>(w1[i * size + k]) * static_cast<double>(scratch.confidence[k]);
+            scratch.layer[i] = sum > 0.0 ? sum : 0.0;
+        }
+        team.sync();
+    }
+
+    const std::int64_t quota = a.quota[progress[kStepInBlock]];
+    std::int64_t end = old_end;
+    team.sync();  // every lane has read undecided and progress before any writes them
+    for (std::int64_t i = team.lane; i < width; i += team.lanes) {
+        if (!undecided[start + i]) continue;
+        bool chosen = scratch.rank[i] < quota || scratch.rank[i] < picked;
+        if (size > 0 && !chosen) {
+            double sum = b2[i];
+            for (std::int64_t k = 0; k < size; ++k) sum += static_cast<double>(w2[i * size + k]) * scratch.layer[k];
+            chosen = sum > a.cut;
+        }
+        if (!chosen || token[i] < 0 || odds[i] != odds[i]) continue;
+        tokens[start + i] = token[i];
+        undecided[start + i] = 0;
+        for (std::int64_t e = 0; e < a.end_count; ++e)
+            if (token[i] == a.end_ids[e] && start + i + 1 < end) end = start + i + 1;
+    }
+    end = team.least(end);  // also a barrier
+    for (std::int64_t i = end + team.lane; i < old_end; i += team.lanes) {
+        tokens[i] = a.fill_id;
+        undecided[i] = 0;
+    }
+    team.sync();
+    std::int64_t in_block = 0, left = 0;
+    for (std::int64_t i = a.prompt_length + team.lane; i < end; i += team.lanes) {
+        left += undecided[i];
+        in_block += undecided[i] && i >= start && i < start + width;
+    }
+    left = team.total(left);
+    in_block = team.total(in_block);
+    if (team.lane == 0) {
+        progress[kActiveEnd] = end;
+        progress[kLeft] = left;
+        if (failed_at < progress[kFailedAt]) progress[kFailedAt] = failed_at;
+        progress[kStep] += 1;
+        progress[kStepInBlock] = in_block > 0 ? progress[kStepInBlock] + 1 : 0;
+        if (in_block == 0) progress[kBlockStart] = start + a.block_length;
+    }
+}
+
+}  // namespace dllm

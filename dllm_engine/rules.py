@@ -1,0 +1,118 @@
+"""The commit rules that a kernel can decide by, as data, and their definition in torch.
+
+Everything is compared in log-odds, which decide exactly alike wherever they are compared: a confidence is a sigmoid,
+and two libraries' sigmoids differ in the last place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dllm_engine.reference import RowStats
+    from dllm_engine.state import BlockState
+
+_INF = float("inf")
+MAX_FILTER = 128  # positions; kernels keep a filter's hidden layer on the chip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which undecided positions of a block a step commits beside the quota's best.
+
+    Attributes:
+        bounds: float32 [block_length]: the n best by log-odds, n the largest whose n-th has log-odds ≥ bounds[n − 1].
+            +inf throughout selects nothing (the static schedule), one value throughout is a threshold.
+        weights: float32 [2 F² + 2 F], a Learn2PD filter's matrix, bias, matrix, bias one after the other; empty if
+            `bounds` decide. A position is selected if its output is above ``cut`` (float64 throughout).
+        decided_is_one: feed the filter 1.0 for decided positions, not their confidence.
+    """
+
+    bounds: Tensor
+    weights: Tensor
+    cut: float = _INF
+    decided_is_one: bool = False
+
+    @property
+    def filter_length(self) -> int:
+        """F, 0 without a filter."""
+        return int((len(self.weights) / 2 + 0.25) ** 0.5)
+
+    @property
+    def reads_decided(self) -> bool:
+        """Whether the statistics of decided positions matter."""
+        return len(self.weights) > 0 and not self.decided_is_one
+
+    def to(self, device: torch.device) -> Rule:
+        return Rule(self.bounds.to(device), self.weights.to(device), self.cut, self.decided_is_one)
+
+
+class Step(NamedTuple):
+    """The numbers of a step, beside its tensors (see `ops.decode_step_`)."""
+
+    prompt_length: int
+    fill_id: int
+    temperature: float
+    filter_length: int
+    cut: float
+    decided_is_one: bool
+    all_rows: bool
+
+
+def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:
+    """Rule from bounds on the confidence, one for each n; above 1 means never."""
+    return Rule(_log_odds_bounds(confidences).to(device), torch.empty(0, device=device))
+
+
+def by_filter(weights: Tensor, threshold: float, block_length: int, decided_is_one: bool) -> Rule:
+    """Rule ``sigmoid(filter) > threshold``."""
+    cut = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
+    never = torch.full((block_length,), _INF, device=weights.device)
+    return Rule(never, weights, cut, decided_is_one)
+
+
+@cache
+def _log_odds_bounds(confidences: tuple[float, ...]) -> Tensor:
+    """The least float32 log-odds whose float32 sigmoid is at least each confidence (as float32); bisected."""
+    wanted = torch.tensor(confidences, dtype=torch.float32)
+    low, high = torch.full_like(wanted, -110.0), torch.full_like(wanted, 110.0)  # sigmoid is 0 and 1 there
+    for _ in range(64):
+        middle = (low / 2 + high / 2).float()
+        enough = torch.sigmoid(middle) >= wanted
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.where(wanted <= 0, -_INF, torch.where(wanted > 1, _INF, high))
+
+
+def select(rule: Rule, stats: RowStats, block: BlockState) -> Tensor:
+    """Positions that the rule picks outright, bool [B, S]."""
+    undecided, width = block.undecided, block.undecided.shape[1]
+    if not len(rule.weights):
+        order = ranking(stats.log_odds, undecided)
+        n = torch.arange(1, width + 1, device=order.device)
+        fits = (stats.log_odds.gather(1, order) >= rule.bounds[:width]) & undecided.gather(1, order)
+        return undecided & (order.argsort(dim=1) < torch.where(fits, n, 0).amax(1, keepdim=True))
+    size = rule.filter_length
+    w1, b1, w2, b2 = rule.weights.double().split((size * size, size, size * size, size))
+    confidence = stats.log_odds.double().sigmoid().float()
+    if rule.decided_is_one:
+        confidence = confidence.masked_fill(~undecided, 1.0)
+    confidence = confidence.masked_fill(~block.active, 0.0)
+    x = F.pad(confidence.double(), (0, size - width))
+    x = F.linear(F.relu(F.linear(x, w1.view(size, size), b1)), w2.view(size, size), b2)
+    return undecided & (x[:, :width] > rule.cut)
+
+
+def ranking(score: Tensor, undecided: Tensor) -> Tensor:
+    """Columns of each row from the best undecided one down, equal scores by position; decided ones come last."""
+    least = torch.finfo(torch.float32).min  # an undecided score of -inf or NaN still ranks before every decided one
+    return (
+        torch.where(score >= least, score, least)
+        .masked_fill(~undecided, -_INF)
+        .argsort(dim=1, descending=True, stable=True)
+    )
