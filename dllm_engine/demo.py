@@ -30,6 +30,9 @@ class Way:
     policy: str
     cache: str
 
+    def record(self) -> dict[str, str]:
+        return {"policy": self.policy, "cache": self.cache}
+
 
 WAYS = (
     Way("one token per step", "topk", "none"),
@@ -116,7 +119,7 @@ def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -
             tally.add(one)
     if as_json:
         rows = [
-            _record({"prompts": name, **way.__dict__}, tally)
+            _record({"asked": name, **way.record()}, tally)
             for name, tallies in (("one at a time", total), ("one batch", batch))
             for way, tally in zip(WAYS, tallies, strict=True)
         ]
@@ -184,7 +187,7 @@ def run_data(
                 end_section=True,
             )
             for way, tally in zip(WAYS, tallies, strict=True):
-                records.append(_record({"file": str(file), "gen_length": gen_length, **way.__dict__}, tally))
+                records.append(_record({"file": str(file), "gen_length": gen_length, **way.record()}, tally))
     if as_json:
         print(json.dumps(records, indent=1))
     else:
