@@ -166,7 +166,7 @@ class Batches:
         """More of what is not yet learned, longer lists of what is."""
         for task, right in accuracy.items():
             if task in self.stage.gates:
-                self.weights[task] = self.stage.tasks[task] * (1.15 - right)
+                self.weights[task] = self.stage.tasks[task] * (1.3 - right)
             if right >= 0.6:
                 self.longest[task] = min(self.longest[task] + 1, self.stage.names[1])
 
@@ -382,9 +382,10 @@ def train(name: str, args: argparse.Namespace) -> bool:
             last = accuracy(model, stage, 40, 10_000 + step, data.longest, policy=Threshold(0.95))
             entry = {"step": step, "loss": running, "seconds": round(seconds), "tokens": seen}
             history.append(entry | {"longest": dict(data.longest), "accuracy": last})
-            if (sum(data.longest.values()), sum(last.values())) >= best:
-                best = (sum(data.longest.values()), sum(last.values()))
-                best_weights = {k: v.clone() for k, v in model.state_dict().items()}
+            reached = sum(min(last[task], gate + 0.05) for task, gate in stage.gates.items())
+            lengths = sum(data.longest[task] for task in stage.gates)
+            if (lengths, reached) >= best:
+                best, best_weights = (lengths, reached), {k: v.clone() for k, v in model.state_dict().items()}
             data.focus(last)
             torch.save(
                 {

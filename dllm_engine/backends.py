@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +98,34 @@ def _eager_step_(
     torch.stack((stats.logit, stats.second_logit, stats.logsumexp, stats.log_odds, stats.entropy), out=stat_values)
 
 
+def _kernels() -> Any:
+    """Triton is imported when it is first used: it takes a second."""
+    from dllm_engine.kernels import decode_step
+
+    return decode_step
+
+
+def _triton_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install dllm-engine[triton]`"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly"
+    return ""
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
+
+
 # In order of preference. Filled at import, not by a cached probe: torch.compile would trace into that.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(native.MISSING, ("cpu",), native.row_stats, native.decode_step_),
+    "triton": Backend(
+        _triton_missing(),
+        _triton_devices(),
+        lambda *arguments: _kernels().row_stats(*arguments),
+        lambda *arguments: _kernels().decode_step_(*arguments),
+    ),
     "eager": Backend("", (), _eager, _eager_step_),  # plain torch on any device: the definition, see `reference`
 }
 

@@ -30,7 +30,8 @@ class Rule:
         bounds: float32 [block_length]: the n best by log-odds, n the largest whose n-th has log-odds ≥ bounds[n − 1].
             +inf throughout selects nothing (the static schedule), one value throughout is a threshold.
         weights: float32 [2 F² + 2 F], a Learn2PD filter's matrix, bias, matrix, bias one after the other; empty if
-            `bounds` decide. A position is selected if its output is above ``cut`` (float64 throughout).
+            `bounds` decide. A position is selected if its output is above ``cut`` (a float32; the filter itself is
+            computed in float64).
         decided_is_one: feed the filter 1.0 for decided positions, not their confidence.
     """
 
@@ -72,7 +73,7 @@ def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:
 
 def by_filter(weights: Tensor, threshold: float, block_length: int, decided_is_one: bool) -> Rule:
     """Rule ``sigmoid(filter) > threshold``."""
-    cut = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
+    cut = torch.logit(torch.tensor(threshold, dtype=torch.float64)).float().item()
     never = torch.full((block_length,), _INF, device=weights.device)
     return Rule(never, weights, cut, decided_is_one)
 

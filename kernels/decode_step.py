@@ -1,0 +1,341 @@
+"""The decode step in Triton, in two launches: partial states of the rows, then their merge and, for a step, the commit.
+
+`dllm_engine.reference` defines what is computed. Runs on CUDA devices, and on CPUs under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, add_rest, best_of, finish_rows, finish_step
+from dllm_engine.rules import Step
+
+# Ids whose state is kept apart. Fixed: the order of additions, so a row's result, must not depend on the batch.
+SEGMENT = 512
+FLOATS = tl.constexpr(8)  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
+INTS = tl.constexpr(4)  # token, best_id, second_id, bad
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of the scoring kernel."""
+
+    rows: int
+    ids: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By number of rows, up to and including the key. Few rows wait for memory: many stages in flight. Many rows compute.
+CONFIGS = {16: Config(16, 128, 128, 4, 4), 32: Config(32, 128, 128, 4, 4), 64: Config(64, 128, 64, 4, 4)}
+LARGE = Config(128, 128, 64, 8, 3)
+CANDIDATES = [
+    Config(rows, ids, depth, warps, stages)
+    for rows in (16, 32, 64, 128)
+    for ids, depth in ((128, 64), (128, 128), (256, 64))
+    for warps in (4, 8)
+    for stages in (3, 4)
+]
+
+
+@triton.jit
+def _first_at(ids, count, value):
+    """Index of the first of ``count`` ascending ids that is at least ``value``."""
+    low = 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(ids + middle) < value
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _marked(ids, at, count, columns, last):
+    """bool like ``columns``: which of them are listed, reading on from ``at``; and where to read on after ``last``."""
+    marked = columns < 0
+    going = at < count
+    while going:
+        value = tl.load(ids + at)
+        here = value < last
+        marked = marked | (columns == tl.where(here, value, -1))
+        at = tl.where(here, at + 1, at)
+        going = here & (at < count)
+    return marked, at
+
+
+@triton.jit
+def _gumbel(seed, position, step, columns):
+    """Standard Gumbel noise [rows, ids]: `dllm_engine.noise.gumbel`."""
+    zero = columns * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed[:, None],
+        (columns // 4)[None, :],
+        position.to(tl.int32)[:, None],
+        step.to(tl.int32)[:, None],
+        zero[None, :],
+    )
+    word = (columns % 4)[None, :]
+    bits = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    u = ((bits.to(tl.uint32).to(tl.float64) + 0.5) * 2.3283064365386963e-10).to(tl.float32)
+    u = tl.minimum(u, 0.9999999403953552).to(tl.float64)
+    return (-tl.log(-tl.log(1.0 - u))).to(tl.float32)
+
+
+@triton.jit
+def _score_rows(
+    hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress, seeds,
+    floats, ints,
+    dim, vocab, count, hidden_rows, hidden_stride, head_stride, banned_count, excluded_count, temperature,
+    width, length, prompt_length,
+    PROBES: tl.constexpr, SAMPLE: tl.constexpr, STEP: tl.constexpr, ALL_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Partial states of a tile of rows over one segment of the vocabulary."""
+    segment, segments = tl.program_id(0), tl.num_programs(0)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live = r < count
+    if STEP:
+        row = r
+        b = tl.load(sequences + r // width, mask=live, other=0)
+        column = tl.load(progress + b * PROGRESS, mask=live, other=0) + r % width
+        if not ALL_ROWS:
+            live = live & (tl.load(undecided + b * length + column, mask=live, other=0) != 0)
+            if tl.max(live.to(tl.int32), 0) == 0:
+                return
+    else:
+        row = tl.load(rows + r, mask=live, other=0)
+    inside_rows = (row >= 0) & (row < hidden_rows)
+    if SAMPLE:
+        if STEP:
+            seed = tl.load(seeds + b, mask=live, other=0)
+            position = column - prompt_length
+            step = tl.load(progress + b * PROGRESS + 4, mask=live, other=0)
+        else:
+            seed = tl.load(noise_keys + r * 3, mask=live, other=0)
+            position = tl.load(noise_keys + r * 3 + 1, mask=live, other=0)
+            step = tl.load(noise_keys + r * 3 + 2, mask=live, other=0)
+
+    none = tl.full([ROWS], NEG_INF, tl.float32)
+    nobody = tl.full([ROWS], NO_ID, tl.int32)
+    won, logit, inside, best, second, top = none, none, none, none, none, none
+    total, weighted = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    token, best_id, second_id = nobody, nobody, nobody
+    bad = tl.where(live & (inside_rows == 0), 1, 0)
+    base = hidden + row.to(tl.int64) * hidden_stride
+    readable = (live & inside_rows)[:, None]
+    begin = segment * SEGMENT
+    banned_at = _first_at(banned, banned_count, begin)
+    excluded_at = _first_at(excluded, excluded_count, begin)
+
+    for first in range(begin, tl.minimum(begin + SEGMENT, vocab), IDS):
+        columns = first + tl.arange(0, IDS)
+        exists = columns < vocab
+        weights = head + columns.to(tl.int64)[:, None] * head_stride
+        logits = tl.zeros([ROWS, IDS], tl.float32)
+        for k in range(0, dim, DEPTH):
+            at = k + tl.arange(0, DEPTH)
+            x = tl.load(base[:, None] + at[None, :], mask=readable & (at < dim)[None, :], other=0.0)
+            w = tl.load(weights + at[None, :], mask=exists[:, None] & (at < dim)[None, :], other=0.0)
+            if UPCAST:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
+
+        ids = tl.broadcast_to(columns[None, :], [ROWS, IDS])
+        bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
+        logits = tl.where(exists[None, :], logits, NEG_INF)
+        if PROBES > 0:
+            for p in tl.static_range(PROBES):
+                wanted = tl.load(probe_ids + r.to(tl.int64) * PROBES + p, mask=live, other=-1)
+                hit = ids == wanted[:, None]
+                value = tl.sum(tl.where(hit, logits, 0.0), 1)
+                tl.store(probe_logits + r * PROBES + p, value, mask=live & (tl.max(hit.to(tl.int32), 1) > 0))
+        is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, first + IDS)
+        is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, first + IDS)
+        allowed = tl.where(is_banned[None, :], NEG_INF, logits)
+        normal = tl.where(is_excluded[None, :], NEG_INF, logits)
+
+        tile_best, tile_best_id = best_of(allowed, ids)
+        tile_second, tile_second_id = best_of(tl.where(ids == tile_best_id[:, None], NEG_INF, allowed), ids)
+        if SAMPLE:
+            tile_won, tile_token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
+            chosen = ids == tile_token[:, None]
+            tile_logit = tl.where(tile_token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
+        else:
+            tile_won, tile_token, tile_logit = tile_best, tile_best_id, tile_best
+            chosen = ids == tile_token[:, None]
+        is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
+        tile_inside = tl.where(is_out, NEG_INF, tile_logit)
+        others = tl.where(chosen, NEG_INF, normal)
+        tile_top = tl.max(others, 1)
+        shifted = others - tl.where(tile_top == NEG_INF, 0.0, tile_top)[:, None]
+        e = tl.exp(shifted)
+        tile_total = tl.sum(e, 1)
+        tile_weighted = tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
+
+        # later ids win only if better; the loser joins the rest
+        newer = tile_won > won
+        loser = tl.where(newer, inside, tile_inside)
+        top, total, weighted = add_rest(top, total, weighted, tile_top, tile_total, tile_weighted)
+        top, total, weighted = add_rest(top, total, weighted, loser, tl.where(loser == NEG_INF, 0.0, 1.0), 0.0)
+        won, token = tl.where(newer, tile_won, won), tl.where(newer, tile_token, token)
+        logit, inside = tl.where(newer, tile_logit, logit), tl.where(newer, tile_inside, inside)
+        newer = tile_best > best
+        runner, runner_id = tl.where(newer, best, second), tl.where(newer, best_id, second_id)
+        rival, rival_id = tl.where(newer, tile_second, tile_best), tl.where(newer, tile_second_id, tile_best_id)
+        second, second_id = tl.maximum(runner, rival), tl.where(rival > runner, rival_id, runner_id)
+        best, best_id = tl.where(newer, tile_best, best), tl.where(newer, tile_best_id, best_id)
+
+    out = segment * count + r
+    size = segments * count
+    tl.store(floats + out, won, mask=live)
+    tl.store(floats + size + out, logit, mask=live)
+    tl.store(floats + 2 * size + out, inside, mask=live)
+    tl.store(floats + 3 * size + out, best, mask=live)
+    tl.store(floats + 4 * size + out, second, mask=live)
+    tl.store(floats + 5 * size + out, top, mask=live)
+    tl.store(floats + 6 * size + out, total, mask=live)
+    tl.store(floats + 7 * size + out, weighted, mask=live)
+    tl.store(ints + out, token, mask=live)
+    tl.store(ints + size + out, best_id, mask=live)
+    tl.store(ints + 2 * size + out, second_id, mask=live)
+    tl.store(ints + 3 * size + out, bad, mask=live)
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def config_for(hidden: Tensor, head: Tensor, count: int) -> Config:
+    """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process."""
+    if os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():
+        return tune(hidden, head, count)
+    return next((config for rows, config in CONFIGS.items() if count <= rows), LARGE)
+
+
+def row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+) -> tuple[Tensor, ...]:
+    """Fields of `RowStats` in order; `ops.row_stats` describes the arguments."""
+    count, device = len(rows), hidden.device
+    ids = torch.empty(2, count, dtype=torch.int64, device=device)
+    values = torch.empty(5, count, device=device)
+    probes = torch.empty(probe_ids.shape, device=device)
+    if count:
+        parts = _score(
+            hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
+        )
+        finish_rows[(triton.cdiv(count, 8),)](
+            *parts, ids, values, count, parts[0].shape[1], SEGMENTS=_padded(parts[0].shape[1]), ROWS=8, num_warps=8
+        )
+    token, second_token = ids
+    logit, second_logit, logsumexp, log_odds, entropy = values
+    fields = (token, logit, second_token, second_logit, logsumexp, log_odds, entropy)
+    return *(field.clone() for field in fields), probes  # results of a registered op may not share memory
+
+
+def decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sequences: Tensor,
+    tokens: Tensor,
+    undecided: Tensor,
+    progress: Tensor,
+    seeds: Tensor,
+    quota: Tensor,
+    bounds: Tensor,
+    weights: Tensor,
+    stat_ids: Tensor,
+    stat_values: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    end_ids: Tensor,
+    step: Step,
+) -> None:
+    """Score, decide and commit; `ops.decode_step_` describes the arguments."""
+    batch, width, dim = hidden.shape
+    count, bytes_ = batch * width, undecided.view(torch.uint8)
+    state = (sequences, bytes_, progress, seeds, width, tokens.shape[1], step)
+    none = stat_ids.view(-1)[:0]
+    parts = _score(
+        hidden.view(count, dim), lm_head, count, none, banned_ids, excluded_ids, none.view(count, 0), stat_values,
+        step.temperature, none, state,
+    )  # fmt: skip
+    finish_step[(batch,)](
+        *parts, stat_ids, stat_values, sequences, tokens, bytes_, progress, quota, bounds, weights, end_ids,
+        count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
+        len(end_ids),
+        ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, FILTER=step.filter_length,
+        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=8,
+        CHUNK=32, num_warps=8,
+    )  # fmt: skip
+
+
+def _score(
+    hidden: Tensor, head: Tensor, count: int, rows: Tensor, banned: Tensor, excluded: Tensor, probe_ids: Tensor,
+    probe_logits: Tensor, temperature: float, noise_keys: Tensor, state: tuple[Any, ...] | None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Partial states [fields, segments, count] of all rows."""
+    segments = triton.cdiv(len(head), SEGMENT)
+    floats = torch.empty(FLOATS.value, segments, count, device=head.device)
+    ints = torch.empty(INTS.value, segments, count, dtype=torch.int32, device=head.device)
+    if state is None:
+        empty = rows[:0]
+        sequences, undecided, progress, seeds, width, length, prompt_length, all_rows = (*(empty,) * 4, 1, 1, 0, True)
+    else:
+        sequences, undecided, progress, seeds, width, length, step = state
+        prompt_length, all_rows = step.prompt_length, step.all_rows
+    # the interpreter multiplies the bits of bfloat16 as integers
+    upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)
+    config = config or config_for(hidden, head, count)
+    _score_rows[(segments, triton.cdiv(count, config.rows))](
+        hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress,
+        seeds, floats, ints,
+        head.shape[1], len(head), count, len(hidden), hidden.stride(0), head.stride(0), len(banned), len(excluded),
+        temperature, width, length, prompt_length,
+        PROBES=probe_ids.shape[1], SAMPLE=temperature > 0, STEP=state is not None, ALL_ROWS=all_rows,
+        UPCAST=upcast, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return floats, ints
+
+
+_tuned: dict[tuple[Any, ...], Config] = {}
+
+
+def tune(hidden: Tensor, head: Tensor, count: int) -> Config:
+    """The fastest of `CANDIDATES` for this shape."""
+    key = (*head.shape, head.dtype, hidden.dtype, _padded(count))
+    if key not in _tuned:
+        none = torch.empty(0, dtype=torch.int64, device=head.device)
+        ids, rows = none.int(), torch.arange(count, dtype=torch.int32, device=head.device)
+        times = {}
+        for config in CANDIDATES:
+            call = (hidden, head, count, rows, ids, ids, none.view(count, 0), none, 0.0, none, None, config)
+            try:
+                times[config] = triton.testing.do_bench(lambda call=call: _score(*call))
+            except triton.runtime.errors.OutOfResources:
+                continue
+        _tuned[key] = min(times, key=times.__getitem__)
+    return _tuned[key]
+
+
+def _padded(n: int) -> int:
+    return max(1, triton.next_power_of_2(n))
