@@ -198,7 +198,9 @@ def loss_of(model: LLaDA, ids: Tensor, mask: Tensor, canvas: int, generator: tor
     """Cross-entropy of masked answer tokens; the ratios of a batch are stratified, which lowers the variance.
 
     On canvases of several blocks of 32, a third of the rows look as block-wise decoding meets them: blocks before a
-    random one known, those after it wholly masked.
+    random one known, those after it wholly masked. Half of all rows look as after an early end of text: an end token
+    somewhere behind the answer is known, and nothing behind it exists. Without them a model that answered 100 % of the
+    copies in one step answered 82 % one token at a time, where such an end is often committed first.
     """
     batch = len(ids)
     t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
@@ -207,8 +209,15 @@ def loss_of(model: LLaDA, ids: Tensor, mask: Tensor, canvas: int, generator: tor
     current = torch.randint(canvas // 32, (batch, 1), generator=generator)
     blockwise = torch.rand(batch, 1, generator=generator) < 1 / 3
     hide = torch.where(blockwise, (hide & (block == current)) | (block > current), hide)
+    answer, column = ids[:, -canvas:], torch.arange(canvas)
+    first_end = (answer == model.fill_id).int().argmax(1, keepdim=True)
+    chance = torch.rand(batch, 2, 1, generator=generator)
+    end = first_end + (chance[:, 0] * (canvas - first_end)).long()
+    ended = chance[:, 1] < 0.5
+    hide &= ~ended | (column < end)
+    mask = mask.clone()
+    mask[:, -canvas:] *= ~ended | (column <= end)
     noisy = ids.clone()
-    answer = ids[:, -canvas:]
     noisy[:, -canvas:] = torch.where(hide, model.mask_id, answer)
     logits = model(noisy.to(model.device), mask.to(model.device))[:, -canvas:]
     loss = F.cross_entropy(logits.flatten(0, 1), answer.flatten().to(model.device), reduction="none").view(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,10 @@ class Config:
 
 
 # By number of rows, up to and including the key. Few rows wait for memory: many stages in flight. Many rows compute.
-CONFIGS = {16: Config(16, 128, 128, 4, 4), 32: Config(32, 128, 128, 4, 4), 64: Config(64, 128, 64, 4, 4)}
-LARGE = Config(128, 128, 64, 8, 3)
+# None spills registers on sm_80 or sm_90 (tests/test_triton_compiles.py): 128 x 128 tiles would.
+CONFIGS = {16: Config(16, 128, 128, 4, 4), 32: Config(32, 128, 128, 8, 4), 64: Config(64, 128, 64, 8, 4)}
+LARGE = Config(128, 64, 64, 8, 3)
+PRECISE = Config(32, 64, 32, 8, 2)  # float32 products, which no tensor core makes
 CANDIDATES = [
     Config(rows, ids, depth, warps, stages)
     for rows in (16, 32, 64, 128)
@@ -215,11 +217,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def config_for(hidden: Tensor, head: Tensor, count: int) -> Config:
-    """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process."""
+def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool) -> Config:
+    """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
+
+    extras: noise or probes, whose registers only a narrower tile leaves free.
+    """
+    if upcast or head.dtype == torch.float32:
+        return PRECISE
     if os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():
         return tune(hidden, head, count)
-    return next((config for rows, config in CONFIGS.items() if count <= rows), LARGE)
+    config = next((config for rows, config in CONFIGS.items() if count <= rows), LARGE)
+    return replace(config, ids=64) if extras else config
 
 
 def row_stats(
@@ -241,8 +249,8 @@ def row_stats(
         parts = _score(
             hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
         )
-        finish_rows[(triton.cdiv(count, 8),)](
-            *parts, ids, values, count, parts[0].shape[1], SEGMENTS=_padded(parts[0].shape[1]), ROWS=8, num_warps=8
+        finish_rows[(triton.cdiv(count, 4),)](
+            *parts, ids, values, count, parts[0].shape[1], SEGMENTS=_padded(parts[0].shape[1]), ROWS=4, num_warps=8
         )
     token, second_token = ids
     logit, second_logit, logsumexp, log_odds, entropy = values
@@ -282,7 +290,7 @@ def decode_step_(
         count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
         len(end_ids),
         ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, FILTER=step.filter_length,
-        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=8,
+        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=4,
         CHUNK=32, num_warps=8,
     )  # fmt: skip
 
@@ -304,7 +312,7 @@ def _score(
         prompt_length, all_rows = step.prompt_length, step.all_rows
     # the interpreter multiplies the bits of bfloat16 as integers
     upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)
-    config = config or config_for(hidden, head, count)
+    config = config or config_for(hidden, head, count, upcast, temperature > 0 or probe_ids.shape[1] > 0)
     _score_rows[(segments, triton.cdiv(count, config.rows))](
         hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress,
         seeds, floats, ints,

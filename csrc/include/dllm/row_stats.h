@@ -39,12 +39,21 @@ DLLM_HD RowState empty_row() {
     return {none, none, none, none, none, none, -1, -1, -1, 0, 0.0, 0.0};
 }
 
+// e^shift, shift at most 0. A card has few units for doubles, and float32 errs by 1e-7 of the part that is scaled.
+DLLM_HD double scale_of(double shift) {
+#ifdef __CUDA_ARCH__
+    return expf(static_cast<float>(shift));
+#else
+    return exp(shift);
+#endif
+}
+
 // Adds to the rest what another partial sum (top, sum, weighted) holds.
 DLLM_HD void add_rest(RowState& row, float top, double sum, double weighted) {
     if (top == -INFINITY) return;  // an empty part: -inf minus -inf must not be taken
     if (top > row.top) {
         if (row.top != -INFINITY) {
-            const double shift = static_cast<double>(row.top) - top, scale = exp(shift);
+            const double shift = static_cast<double>(row.top) - top, scale = scale_of(shift);
             row.weighted = (row.weighted + shift * row.sum) * scale;
             row.sum *= scale;
         }
@@ -52,7 +61,7 @@ DLLM_HD void add_rest(RowState& row, float top, double sum, double weighted) {
         row.sum += sum;
         row.weighted += weighted;
     } else {
-        const double shift = static_cast<double>(top) - row.top, scale = exp(shift);
+        const double shift = static_cast<double>(top) - row.top, scale = scale_of(shift);
         row.sum += sum * scale;
         row.weighted += (weighted + shift * sum) * scale;
     }
@@ -87,28 +96,33 @@ DLLM_HD void add_id(RowState& row, std::int32_t id, float logit, float noise, bo
     }
 }
 
-// Merges what `later` saw, ids all above those of `row`. Associative up to rounding: always merge in the same order.
-DLLM_HD void merge_rows(RowState& row, const RowState& later) {
-    row.bad |= later.bad;
-    add_rest(row, later.top, later.sum, later.weighted);
-    if (later.won > row.won) {
+// Whether an id goes before another: the higher score, of equals the lower id.
+DLLM_HD bool before(float score, std::int32_t id, float other, std::int32_t other_id) {
+    return score > other || (score == other && id < other_id);
+}
+
+// Merges what `other` saw of the same row, other ids. Associative up to rounding: always merge in the same order.
+DLLM_HD void merge_rows(RowState& row, const RowState& other) {
+    row.bad |= other.bad;
+    add_rest(row, other.top, other.sum, other.weighted);
+    if (before(other.won, other.token, row.won, row.token)) {
         add_rest(row, row.inside, 1.0, 0.0);
-        row.won = later.won;
-        row.logit = later.logit;
-        row.inside = later.inside;
-        row.token = later.token;
+        row.won = other.won;
+        row.logit = other.logit;
+        row.inside = other.inside;
+        row.token = other.token;
     } else {
-        add_rest(row, later.inside, 1.0, 0.0);
+        add_rest(row, other.inside, 1.0, 0.0);
     }
-    if (later.best > row.best) {
-        const bool own = row.best >= later.second;
-        row.second = own ? row.best : later.second;
-        row.second_id = own ? row.best_id : later.second_id;
-        row.best = later.best;
-        row.best_id = later.best_id;
-    } else if (later.best > row.second) {
-        row.second = later.best;
-        row.second_id = later.best_id;
+    if (before(other.best, other.best_id, row.best, row.best_id)) {
+        const bool own = before(row.best, row.best_id, other.second, other.second_id);
+        row.second = own ? row.best : other.second;
+        row.second_id = own ? row.best_id : other.second_id;
+        row.best = other.best;
+        row.best_id = other.best_id;
+    } else if (before(other.best, other.best_id, row.second, row.second_id)) {
+        row.second = other.best;
+        row.second_id = other.best_id;
     }
 }
 

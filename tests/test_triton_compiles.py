@@ -1,0 +1,109 @@
+"""The Triton kernels compile for GPUs that are not here, without spilling registers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PTXAS = next((BIN / name for name in ("ptxas-blackwell", "ptxas") if (BIN / name).exists()), None)  # the newer one
+POINTERS = {
+    "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
+    "noise_keys": "i64", "sequences": "i64", "undecided": "u8", "progress": "i64", "seeds": "i64", "floats": "fp32",
+    "ints": "i32", "out_ids": "i64", "out_values": "fp32", "tokens": "i64", "quota": "i64", "bounds": "fp32",
+    "weights": "fp32", "end_ids": "i64",
+}  # fmt: skip
+ALIGNED = ("hidden", "head", "dim", "hidden_stride", "head_stride")  # as Triton finds them for a real model
+
+
+def report(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16") -> Any:
+    """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("hidden", "head"):
+            return f"*{dtype}"
+        if name in POINTERS:
+            return f"*{POINTERS[name]}"
+        return "fp32" if name in ("temperature", "cut") else "i32"
+
+    signature = {name: kind(name) for name in kernel.arg_names}
+    at = {name: i for i, name in enumerate(kernel.arg_names)}
+    attributes = {(at[name],): [["tt.divisibility", 16]] for name in ALIGNED if name in at}
+    source = ASTSource(kernel, signature, {(at[name],): value for name, value in constants.items()}, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    name = "sm_90a" if arch == 90 else f"sm_{arch}"
+    command = [str(PTXAS), "-v", f"-arch={name}", "-o", "/dev/null", "/dev/stdin"]
+    done = subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    registers = int(re.search(r"Used (\d+) registers", done.stderr).group(1))  # type: ignore[union-attr]
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+    return registers, spilled, compiled.metadata.shared, compiled.asm["ptx"]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    if PTXAS is None:
+        pytest.skip(f"no ptxas in {BIN}")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from dllm_engine.kernels import decode_step
+
+    if decode_step.interpreted() or not hasattr(decode_step._score_rows, "arg_names"):
+        pytest.skip("Triton was imported for the interpreter")
+    return decode_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("rows", [16, 32, 64, 1024])
+@pytest.mark.parametrize("step", [False, True])
+def test_score_rows(kernels: Any, arch: int, rows: int, step: bool) -> None:
+    config = kernels.CONFIGS.get(rows, kernels.LARGE)
+    constants = {
+        "PROBES": 0, "SAMPLE": False, "STEP": step, "ALL_ROWS": False, "UPCAST": False, "SEGMENT": kernels.SEGMENT,
+        "ROWS": config.rows, "IDS": config.ids, "DEPTH": config.depth,
+    }  # fmt: skip
+    registers, spilled, shared, ptx = report(kernels._score_rows, constants, arch, config.warps, config.stages)
+    assert spilled == 0
+    assert registers <= 255
+    assert shared <= (163 if arch == 80 else 227) * 1024
+    assert "cp.async" in ptx  # weights come in while products are made
+    assert "mma.sync" in ptx or "wgmma" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("extra", [{"SAMPLE": True}, {"PROBES": 8}, {"UPCAST": True}])
+def test_score_rows_variants(kernels: Any, extra: dict[str, Any], dtype: str) -> None:
+    hidden = torch.empty(32, 8, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    config = kernels.config_for(hidden, hidden, 32, "UPCAST" in extra, "UPCAST" not in extra)
+    base = {
+        "PROBES": 0, "SAMPLE": False, "STEP": False, "ALL_ROWS": True, "UPCAST": False, "SEGMENT": kernels.SEGMENT,
+        "ROWS": config.rows, "IDS": config.ids, "DEPTH": config.depth,
+    }  # fmt: skip
+    registers, spilled, _, _ = report(kernels._score_rows, base | extra, 90, config.warps, config.stages, dtype)
+    assert registers <= 255
+    assert spilled == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("size", [0, 32])
+def test_finish_step(kernels: Any, arch: int, size: int) -> None:
+    constants = {
+        "ALL_ROWS": False, "DECIDED_IS_ONE": True, "FILTER": size, "FILTER_PAD": max(1, size), "WIDTH": 32,
+        "SEGMENTS": 256, "ROWS": 4, "CHUNK": 32,
+    }  # fmt: skip
+    registers, spilled, _, _ = report(kernels.finish_step, constants, arch, 8, 3)
+    assert spilled == 0
+    assert registers <= 255
