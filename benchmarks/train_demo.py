@@ -311,6 +311,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, help="only this one; by default all, from the first one not passed")
     parser.add_argument("--steps", type=int, help="default: the stage's own; more than before trains on")
+    parser.add_argument(
+        "--waive", nargs="+", default=[], metavar="TASK", help="ship and go on though these miss a gate"
+    )
     parser.add_argument("--batch-tokens", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--eval-every", type=int, default=150)
@@ -327,7 +330,7 @@ def main() -> None:
 
 
 def train(name: str, args: argparse.Namespace) -> bool:
-    """Train one stage on from the one before; whether its gates were passed."""
+    """Train one stage on from the one before; whether its gates were passed, but for those that are waived."""
     from tqdm import tqdm
 
     stage, stages = STAGES[name], list(STAGES)
@@ -416,7 +419,7 @@ def train(name: str, args: argparse.Namespace) -> bool:
     )
     passed = all(final[task] >= gate for task, gate in stage.gates.items())
     about = {
-        "stage": name, "passed": passed,
+        "stage": name, "passed": passed, "waived": args.waive,
         "accuracy": final, "prompts_per_task": args.final_prompts, "decoding": "one token per step from a full mask",
         "command": f"python benchmarks/train_demo.py --stage {name} --steps {steps} --seed {args.seed}",
         "seconds": round(seconds), "tokens": seen, "settings": asdict(stage), "torch": torch.__version__,
@@ -425,8 +428,8 @@ def train(name: str, args: argparse.Namespace) -> bool:
     print(json.dumps(about, indent=1))
     (RESULTS / f"stage_{name}.json").write_text(json.dumps(about | {"history": history}, indent=1) + "\n")
     plot(history, RESULTS / f"stage_{name}.png")
-    if not passed:
-        missed = {t: final[t] for t, gate in stage.gates.items() if final[t] < gate}
+    missed = {t: final[t] for t, gate in stage.gates.items() if final[t] < gate}
+    if not missed.keys() <= set(args.waive):
         print(f"gate of stage {name} missed by {missed}: not shipped; --stage {name} --steps beyond {steps} trains on")
         return False
     save_model(model, run)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_engine import native, reference
+from dllm_engine import cuda, native, reference
 from dllm_engine.rules import Rule, Step
 from dllm_engine.state import DecodeState
 
@@ -20,7 +20,8 @@ Fields = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Backend:
-    """unavailable: why it cannot run on this machine, "" if it can. devices: where its tensors may live.
+    """unavailable: why it cannot run on this machine, "" if it can. devices: where its tensors may be; (): anywhere.
+    fits: (hidden, lm_head) -> why it cannot take these matrices, "" if it can.
 
     row_stats: (hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys) -> the fields of
     `RowStats` in order. decode_step_: the arguments of the registered op, its numbers as a `Step`. All are checked.
@@ -30,14 +31,15 @@ class Backend:
     devices: tuple[str, ...]
     row_stats: Callable[..., Fields]
     decode_step_: Callable[..., None]
+    fits: Callable[[Tensor, Tensor], str] = lambda hidden, lm_head: ""
 
-    def refuses(self, device: torch.device) -> str:
-        """Why it cannot run on tensors of this device, "" if it can."""
+    def refuses(self, hidden: Tensor, lm_head: Tensor) -> str:
+        """Why it cannot run on these matrices here, "" if it can."""
         if self.unavailable:
             return self.unavailable
-        if self.devices and device.type not in self.devices:
-            return f"it runs on {' and '.join(self.devices)} tensors, these are on {device.type}"
-        return ""
+        if self.devices and hidden.device.type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} tensors, these are on {hidden.device.type}"
+        return self.fits(hidden, lm_head)
 
 
 def _eager(
@@ -113,6 +115,10 @@ def _triton_missing() -> str:
     return ""
 
 
+def _no_device() -> str:
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
 def _triton_devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
 
@@ -126,6 +132,7 @@ BACKENDS: dict[str, Backend] = {
         lambda *arguments: _kernels().row_stats(*arguments),
         lambda *arguments: _kernels().decode_step_(*arguments),
     ),
+    "cuda": Backend(cuda.MISSING or _no_device(), ("cuda",), cuda.row_stats, cuda.decode_step_, cuda.supports),
     "eager": Backend("", (), _eager, _eager_step_),  # plain torch on any device: the definition, see `reference`
 }
 
@@ -135,8 +142,8 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable or None for name, backend in BACKENDS.items()}
 
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The backend that ``backend`` means for tensors on ``device``.
+def resolve(backend: str, hidden: Tensor, lm_head: Tensor) -> str:
+    """The backend that ``backend`` means for these matrices (their devices, types and shapes).
 
     ``"auto"`` takes the best that can run, or the one that the environment variable ``DLLM_BACKEND`` names.
 
@@ -147,10 +154,10 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend == "auto" and os.environ.get("DLLM_BACKEND", "auto") != "auto":
         backend, asked = os.environ["DLLM_BACKEND"], "DLLM_BACKEND"
     if backend == "auto":
-        return next(name for name, entry in BACKENDS.items() if not entry.refuses(device))
+        return next(name for name, entry in BACKENDS.items() if not entry.refuses(hidden, lm_head))
     if backend not in BACKENDS:
         raise ValueError(f"{asked}: {backend!r} given; known: auto, {', '.join(BACKENDS)}")
-    reason = BACKENDS[backend].refuses(device)
+    reason = BACKENDS[backend].refuses(hidden, lm_head)
     if reason:
         raise RuntimeError(f"{asked}: {backend!r} cannot run here: {reason}")
     return backend

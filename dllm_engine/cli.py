@@ -314,6 +314,7 @@ def _info(args: argparse.Namespace) -> None:
 
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    example = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, Any] = {
         "dllm-engine": __version__,
         "python": platform.python_version(),
@@ -324,7 +325,7 @@ def _info(args: argparse.Namespace) -> None:
         "policies": policies.names(),
         "caches": list(CACHES),
         "backends": {name: "ready" if reason is None else reason for name, reason in backends.available().items()},
-        "auto backend": backends.resolve("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "auto backend": backends.resolve("auto", example, example),
     }
     if args.json:
         print(json.dumps(facts, indent=1))

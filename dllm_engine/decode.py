@@ -91,7 +91,7 @@ def decode(
     seeds = inputs.check_seeds(seed, len(prompt))
     policy = policies.resolve(policy, model, block_length=block_length, cache=cache)
     end_of_text = "committed" if end_of_text == "auto" else end_of_text
-    backend = backends.resolve(backend, model.device)
+    backend = resolve_backend(backend, model, cfg_scale)
     settings = {"policy": policy, "cache": cache, "end_of_text": end_of_text, "backend": backend, "seed": seeds}
     return run(
         model,
@@ -110,6 +110,14 @@ def decode(
         temperature=temperature,
         cfg_scale=cfg_scale,
         streamer=streamer,
+    )
+
+
+def resolve_backend(backend: str, model: LLaDA, cfg_scale: float) -> str:
+    """The backend that will take the model's hidden states (float32 with guidance) and LM head."""
+    dtype = torch.float32 if cfg_scale else model.dtype
+    return backends.resolve(
+        backend, torch.empty(1, model.lm_head.shape[1], dtype=dtype, device=model.device), model.lm_head
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dllm_engine import backends, inputs
-from dllm_engine.decode import run
+from dllm_engine import inputs
+from dllm_engine.decode import resolve_backend, run
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Random, TopK
 from dllm_engine.state import DecodeState
@@ -80,7 +80,7 @@ def generate(
         "policy": rule,
         "cache": "none",
         "end_of_text": "off",
-        "backend": backends.resolve("auto", model.device),
+        "backend": resolve_backend("auto", model, cfg_scale),
         "seed": seeds,
     }
     return run(

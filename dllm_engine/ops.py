@@ -84,7 +84,7 @@ def row_stats(
             probe_ids.contiguous(),
             float(temperature),
             noise_keys.contiguous(),
-            backends.resolve(backend, device),
+            backends.resolve(backend, hidden, lm_head),
         )
     )
 
@@ -165,7 +165,7 @@ def decode_step_(
         rule.cut,
         rule.decided_is_one,
         rule.reads_decided,
-        backends.resolve(backend, device),
+        backends.resolve(backend, hidden, lm_head),
     )
     token, second_token = ids.unbind()
     logit, second_logit, logsumexp, log_odds, entropy = values.unbind()

@@ -118,7 +118,10 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
         (("generate", "--prompt", "x", "--policy", "threshold=2"), "threshold: 2.0 given; 0 to 1"),
         (("generate", "--prompt", "x", "--policy", "learn2pd=/no/filter"), "filter: /no/filter does not exist"),
         (("generate", "--prompt", "x", "--cache", "triple"), "cache: 'triple' given; known: none, prefix, dual"),
-        (("generate", "--prompt", "x", "--backend", "abacus"), "backend: 'abacus' given; known: auto, cpu, eager"),
+        (
+            ("generate", "--prompt", "x", "--backend", "abacus"),
+            "backend: 'abacus' given; known: auto, cpu, triton, cuda, eager",
+        ),
         (("generate", "--prompt", "x", "--dtype", "int4"), "dtype: 'int4' given"),
         (("generate", "--prompt", "x", "--batch-size", "0"), "--batch-size: 0 given; at least 1"),
         (("generate", "--prompt", "", "--no-chat"), "prompt 0: prompt: '' gives no token"),

@@ -40,7 +40,7 @@ def model() -> LLaDA:
         ({"policy": "learn2pd"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
         ({"cache": "triple"}, ValueError, "cache: 'triple' given; known: none, prefix, dual"),
         ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed"),
-        ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, cpu, eager"),
+        ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, cpu, triton, cuda, eager"),
         ({"temperature": -1.0}, ValueError, "temperature: -1.0 given; a finite number ≥ 0"),
         ({"temperature": float("nan")}, ValueError, "temperature: nan given"),
         ({"cfg_scale": float("inf")}, ValueError, "cfg_scale: inf given"),

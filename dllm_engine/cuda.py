@@ -1,0 +1,135 @@
+"""The one place where pointers leave Python for `_cuda`. Arguments have been checked by `ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_engine.rules import Step
+
+MISSING = ""  # why there is no `_cuda`
+try:
+    from dllm_engine import _cuda  # type: ignore[attr-defined]
+except ImportError as error:  # no nvcc when it was installed
+    MISSING = f"the compiled module _cuda is missing ({error}); run `DLLM_CUDA=1 pip install -e .` where nvcc is"
+
+_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+# Tickets by device, stream and size. The kernel leaves them zero, so that they are zeroed once; two launches at a time
+# must not share them, so that each stream has its own. Sizes are powers of two, and none is ever freed.
+_tickets: dict[tuple[int, int, int], Tensor] = {}
+
+
+def supports(hidden: Tensor, lm_head: Tensor) -> str:
+    """Why the kernel cannot take these matrices (hidden [..., N, D], lm_head [V, D]), "" if it can."""
+    if not (hidden.is_cuda and lm_head.is_cuda):
+        return f"it runs on cuda tensors, these are on {hidden.device} and {lm_head.device}"
+    capability = torch.cuda.get_device_capability(hidden.device)
+    if capability < (8, 0):
+        return f"compute capability 8.0 is needed, this device has {capability[0]}.{capability[1]}"
+    if hidden.dtype != lm_head.dtype or hidden.dtype not in _TYPES:
+        return f"hidden and lm_head must both be bfloat16 or both float16, not {hidden.dtype} and {lm_head.dtype}"
+    if hidden.shape[-1] % 8:
+        return f"D must be a multiple of 8, not {hidden.shape[-1]}"
+    for name, matrix in (("hidden", hidden), ("lm_head", lm_head)):
+        if matrix.data_ptr() % 16 or matrix.stride(-2) % 8:
+            return f"rows of {name} must begin at multiples of 16 bytes"
+    return ""
+
+
+def row_stats(
+    hidden: Tensor,
+    lm_head: Tensor,
+    rows: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    probe_ids: Tensor,
+    temperature: float,
+    noise_keys: Tensor,
+) -> tuple[Tensor, ...]:
+    """Fields of `RowStats` in order, from one launch on the current stream."""
+    count, device = rows.shape[0], hidden.device
+    token, second_token = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    logit, second_logit, logsumexp, log_odds, entropy = (
+        torch.empty(count, dtype=torch.float32, device=device) for _ in range(5)
+    )
+    # an id out of range is met by no block
+    probes = torch.full(probe_ids.shape, -torch.inf, dtype=torch.float32, device=device)
+    if count:
+        outputs = (token, second_token, logit, second_logit, logsumexp, log_odds, entropy, probes)
+        with torch.cuda.device(device):
+            tickets, workspace, stream = _scratch(lm_head.shape[0], count, device)
+            _cuda.row_stats(
+                (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(0)),
+                (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+                hidden.shape[0],
+                hidden.shape[1],
+                lm_head.shape[0],
+                rows.data_ptr(),
+                count,
+                (banned_ids.data_ptr(), len(banned_ids)),
+                (excluded_ids.data_ptr(), len(excluded_ids)),
+                (probe_ids.data_ptr(), probe_ids.shape[1]),
+                temperature,
+                noise_keys.data_ptr(),
+                tuple(t.data_ptr() for t in outputs),
+                (tickets.data_ptr(), workspace.data_ptr(), stream),
+            )
+    return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
+
+
+def decode_step_(
+    hidden: Tensor,
+    lm_head: Tensor,
+    sequences: Tensor,
+    tokens: Tensor,
+    undecided: Tensor,
+    progress: Tensor,
+    seeds: Tensor,
+    quota: Tensor,
+    bounds: Tensor,
+    weights: Tensor,
+    stat_ids: Tensor,
+    stat_values: Tensor,
+    banned_ids: Tensor,
+    excluded_ids: Tensor,
+    end_ids: Tensor,
+    step: Step,
+) -> None:
+    """Score, decide and commit in one launch; `ops.decode_step_` describes the arguments."""
+    batch, width, dim = hidden.shape
+    if not batch:
+        return
+    with torch.cuda.device(hidden.device):
+        tickets, workspace, stream = _scratch(lm_head.shape[0], batch * width, hidden.device)
+        _cuda.decode_step(
+            (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(1)),
+            (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+            dim,
+            lm_head.shape[0],
+            *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids)),
+            step.temperature,
+            batch,
+            width,
+            sequences.data_ptr(),
+            tuple(t.data_ptr() for t in (tokens, undecided, progress, seeds, quota)),
+            (tokens.shape[1], step.prompt_length, len(quota), step.fill_id),
+            (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut, step.decided_is_one, step.all_rows),
+            tuple(t.data_ptr() for t in (*stat_ids, *stat_values)),
+            (tickets.data_ptr(), workspace.data_ptr(), stream),
+        )
+
+
+def _scratch(vocab: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Tickets (zero), workspace and stream of a launch."""
+    words, size = _cuda.workspace(vocab, count)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    words = 1 << (words - 1).bit_length()
+    if torch.cuda.is_current_stream_capturing():
+        # the graph zeroes its own: it may be replayed on any stream, and a zeroing now would only be recorded
+        return torch.zeros(words, dtype=torch.int32, device=device), workspace, stream
+    key = (device.index, stream, words)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(words, dtype=torch.int32, device=device)
+    return _tickets[key], workspace, stream
