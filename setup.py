@@ -1,12 +1,16 @@
-"""Builds dllm_engine._cpu with ninja: objects in parallel, and an editable install recompiles only what changed.
+"""Builds dllm_engine._cpu, and dllm_engine._cuda where there is nvcc, with ninja: objects in parallel, and an editable
+install recompiles only what changed.
 
 The native code includes no torch header, so one binary serves every torch. CXX and CXXFLAGS are respected.
+DLLM_CUDA=1 demands `_cuda`, 0 leaves it out; by default it is built where both nvcc and a GPU driver are found.
+DLLM_CUDA_ARCHS names its targets: sm_* for machine code, compute_* for PTX that newer cards compile at start.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -18,6 +22,28 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/decode_step.cpp", "csrc/cpu/scalar.cpp"]
 if X86:
     SOURCES.append("csrc/cpu/avx2.cpp")  # chosen at run time, so a wheel runs on older CPUs too
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/decode_step.cu"]
+CUDA_ARCHS = "sm_80 sm_90a compute_90"
+
+
+def find_nvcc() -> str | None:
+    """nvcc, if `_cuda` is to be built."""
+    wanted = os.environ.get("DLLM_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"DLLM_CUDA: {wanted!r} given; 0, 1 or auto allowed")
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(home / "bin"))
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("DLLM_CUDA=1: no nvcc on the PATH nor in CUDA_HOME/bin")
+    # many machines have nvcc and no card
+    driver = any(Path(p).exists() for p in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
+    return nvcc if wanted == "1" or (wanted == "auto" and driver) else None
+
+
+def code_flags(archs: str) -> str:
+    """nvcc's flags for targets such as "sm_80 compute_90"."""
+    pairs = ((name.replace("sm_", "compute_"), name) for name in archs.split())
+    return " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
 
 
 class NinjaBuild(build_ext):
@@ -25,7 +51,7 @@ class NinjaBuild(build_ext):
         import ninja
         import pybind11
 
-        root, work = Path(__file__).resolve().parent, Path(self.build_temp).resolve()
+        root, work = Path(__file__).resolve().parent, Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,20 +60,30 @@ class NinjaBuild(build_ext):
         flags += " -DDLLM_AVX2" if X86 else ""
         flags += " " + os.environ.get("CXXFLAGS", "")
         shared = "-bundle -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared"
+        cuda = any(source.endswith(".cu") for source in ext.sources)
         lines = [
             f"cxx = {os.environ.get('CXX', 'c++')}",
             f"flags = {flags}",
+            f"nvcc = {NVCC}",
+            f"nvcc_flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra {code_flags(ARCHS)}",
             "rule object",
             "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule cuda_object",
+            "  command = $nvcc $nvcc_flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             "rule link",
-            f"  command = $cxx {shared} -pthread $in -o $out",
+            # nvcc knows where its static runtime lies: the module imports on machines without CUDA
+            "  command = "
+            + ("$nvcc -shared -cudart static $in -o $out" if cuda else f"$cxx {shared} -pthread $in -o $out"),
         ]
         objects = []
         for source in ext.sources:
-            objects.append(work / (Path(source).stem + ".o"))
-            lines.append(f"build {objects[-1]}: object {root / source}")
+            objects.append(work / (Path(source).name + ".o"))
+            rule = "cuda_object" if source.endswith(".cu") else "object"
+            lines.append(f"build {objects[-1]}: {rule} {root / source}")
             if source.endswith("avx2.cpp"):
                 lines.append("  extra = -mavx2 -mfma -mf16c")
         lines.append(f"build {target}: link {' '.join(map(str, objects))}")
@@ -55,4 +91,8 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", work, "--quiet"], check=True)
 
 
-setup(ext_modules=[Extension("dllm_engine._cpu", SOURCES)], cmdclass={"build_ext": NinjaBuild})
+NVCC, ARCHS = find_nvcc(), os.environ.get("DLLM_CUDA_ARCHS", CUDA_ARCHS)
+extensions = [Extension("dllm_engine._cpu", SOURCES)]
+if NVCC is not None:
+    extensions.append(Extension("dllm_engine._cuda", CUDA_SOURCES))
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

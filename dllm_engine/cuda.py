@@ -9,7 +9,7 @@ from dllm_engine.rules import Step
 
 MISSING = ""  # why there is no `_cuda`
 try:
-    from dllm_engine import _cuda  # type: ignore[attr-defined]
+    import dllm_engine._cuda as _cuda  # type: ignore[import-not-found]
 except ImportError as error:  # no nvcc when it was installed
     MISSING = f"the compiled module _cuda is missing ({error}); run `DLLM_CUDA=1 pip install -e .` where nvcc is"
 
@@ -32,7 +32,9 @@ def supports(hidden: Tensor, lm_head: Tensor) -> str:
     if hidden.shape[-1] % 8:
         return f"D must be a multiple of 8, not {hidden.shape[-1]}"
     for name, matrix in (("hidden", hidden), ("lm_head", lm_head)):
-        if matrix.data_ptr() % 16 or matrix.stride(-2) % 8:
+        # a tensor that is being traced has no address; torch's own allocations are aligned
+        start = 2 * matrix.storage_offset() if torch.compiler.is_compiling() else matrix.data_ptr()
+        if start % 16 or matrix.stride(-2) % 8:
             return f"rows of {name} must begin at multiples of 16 bytes"
     return ""
 

@@ -136,6 +136,8 @@ def decode_step_(
     _check(rule.weights, "rule.weights", torch.float32, device, (2 * size * size + 2 * size,))
     if size and not width <= size <= MAX_FILTER:
         raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {width} to {MAX_FILTER}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
+        raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read
     if end_ids is None:
         end_ids = torch.empty(0, dtype=torch.int64, device=device)
     _check(end_ids, "end_ids", torch.int64, device, (len(end_ids),))

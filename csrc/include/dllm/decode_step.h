@@ -61,4 +61,18 @@ bool row_stats_cpu(const RowStatsArgs& args, int threads, int isa, void* scratch
 bool decode_step_cpu(RowStatsArgs stats, const StepArgs& step, int threads, int isa, void* scratch);
 bool cpu_has_avx2();
 
+// What the GPU backend needs for a call: `tickets` words that are 0 (each launch leaves them 0), and scratch.
+struct CudaWorkspace {
+    std::int64_t tickets, bytes;
+    std::int64_t tile_rows, tiles, segments, tile_tickets, ranks_at;  // how the kernel divides the work
+};
+CudaWorkspace cuda_workspace(std::int64_t vocab, std::int64_t count);
+
+// One launch on `stream`: no allocation, no wait, so a CUDA graph can hold it. All pointers are the device's. With
+// step.batch 0 only the statistics; else count is batch * width, and rows and noise keys are not read. Returns a
+// cudaError_t.
+int decode_step_cuda(const RowStatsArgs& stats, std::int64_t hidden_rows, const StepArgs& step, std::uint32_t* tickets,
+                     void* workspace, void* stream);
+const char* cuda_error_text(int error);
+
 }  // namespace dllm

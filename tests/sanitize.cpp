@@ -1,0 +1,113 @@
+// Runs the CPU core on exactly sized heap blocks, under the sanitizers: any read or write beside them stops the program.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../csrc/include/dllm/commit.h"
+#include "../csrc/include/dllm/decode_step.h"
+
+using namespace dllm;
+
+static std::mt19937 rng(1);
+static std::int64_t draw(std::int64_t low, std::int64_t high) { return low + static_cast<std::int64_t>(rng() % static_cast<unsigned>(high - low)); }
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+std::unique_ptr<T[], Free> block(std::int64_t n) {  // exactly n elements, so that one more is an error
+    return std::unique_ptr<T[], Free>(static_cast<T*>(std::malloc(static_cast<std::size_t>(n) * sizeof(T))));
+}
+
+static std::unique_ptr<char[], Free> matrix(Type type, std::int64_t rows, std::int64_t stride, std::int64_t dim, bool broken) {
+    const std::int64_t n = (rows - 1) * stride + dim;
+    const std::size_t width = type == Type::f32 ? 4 : 2;
+    auto data = block<char>(n * static_cast<std::int64_t>(width));
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < n; ++i) {
+        float x = normal(rng);
+        if (broken && draw(0, 200) == 0) x = draw(0, 2) ? std::numeric_limits<float>::quiet_NaN() : -std::numeric_limits<float>::infinity();
+        std::uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        const std::uint16_t half = type == Type::bf16 ? static_cast<std::uint16_t>(bits >> 16) : static_cast<std::uint16_t>(0x3800u | (bits & 0x83FFu));
+        std::memcpy(data.get() + static_cast<std::size_t>(i) * width, width == 4 ? static_cast<const void*>(&x) : &half, width);
+    }
+    return data;
+}
+
+int main() {
+    int calls = 0;
+    for (const Type type : {Type::f32, Type::bf16, Type::f16})
+        for (const std::int64_t dim : {1, 7, 64, 130, 1030})
+            for (const std::int64_t vocab : {1, 23, 24, 127, 1600})
+                for (const std::int64_t count : {1, 3, 4, 33}) {
+                    const std::int64_t stride = dim + draw(0, 3), hidden_rows = count + 2;
+                    const bool broken = draw(0, 4) == 0;
+                    auto hidden = matrix(type, hidden_rows, stride, dim, broken), head = matrix(type, vocab, stride, dim, broken);
+                    auto rows = block<std::int32_t>(count);
+                    auto keys = block<std::int64_t>(3 * count), probe_ids = block<std::int64_t>(2 * count);
+                    for (std::int64_t i = 0; i < count; ++i) rows[i] = static_cast<std::int32_t>(draw(0, hidden_rows));
+                    for (std::int64_t i = 0; i < 3 * count; ++i) keys[i] = draw(0, 1000);
+                    for (std::int64_t i = 0; i < 2 * count; ++i) probe_ids[i] = draw(0, vocab);
+                    auto banned = block<std::int32_t>(1);
+                    banned[0] = static_cast<std::int32_t>(vocab - 1);
+                    auto ids = block<std::int64_t>(2 * count);
+                    auto values = block<float>(5 * count), probes = block<float>(2 * count);
+                    const int threads = static_cast<int>(draw(1, 4)), isa = static_cast<int>(draw(1, 3));
+                    RowStatsArgs args{{hidden.get(), type, stride}, {head.get(), type, stride}, dim, vocab, rows.get(), count,
+                                      banned.get(), nullptr, 1, 0, probe_ids.get(), 2, draw(0, 2) ? 0.7f : 0.0f, keys.get(),
+                                      ids.get(), ids.get() + count, values.get(), values.get() + count, values.get() + 2 * count,
+                                      values.get() + 3 * count, values.get() + 4 * count, probes.get(), nullptr};
+                    const std::size_t size = row_stats_cpu_scratch(dim, vocab, count, threads);
+                    void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);
+                    if (!row_stats_cpu(args, threads, isa == 2 && !cpu_has_avx2() ? 1 : isa, scratch)) return 1;
+                    std::free(scratch);
+                    ++calls;
+                }
+    for (int round = 0; round < 200; ++round) {
+        const std::int64_t batch = draw(1, 4), width = draw(1, 9), prompt = draw(0, 3), blocks = draw(1, 3), length = prompt + blocks * width;
+        const std::int64_t dim = 16, vocab = 40, filter = draw(0, 2) ? draw(width, 12) : 0, count = batch * width;
+        auto hidden = matrix(Type::f32, count, dim, dim, round % 5 == 0), head = matrix(Type::f32, vocab, dim, dim, false);
+        auto sequences = block<std::int64_t>(batch), tokens = block<std::int64_t>(batch * length), seeds = block<std::int64_t>(batch);
+        auto progress = block<std::int64_t>(batch * kProgress), quota = block<std::int64_t>(width), ends = block<std::int64_t>(1);
+        auto undecided = block<std::uint8_t>(batch * length);
+        auto bounds = block<float>(width), weights = block<float>(2 * filter * filter + 2 * filter);
+        ends[0] = 3;
+        for (std::int64_t i = 0; i < width; ++i) quota[i] = draw(1, 4), bounds[i] = static_cast<float>(draw(-3, 3));
+        for (std::int64_t i = 0; i < 2 * filter * filter + 2 * filter; ++i) weights[i] = static_cast<float>(draw(-3, 4));
+        for (std::int64_t b = 0; b < batch; ++b) {
+            sequences[b] = b;
+            seeds[b] = b;
+            const std::int64_t start = prompt + width * draw(0, blocks);
+            const std::int64_t values[kProgress] = {start, length, draw(0, width), length, draw(0, 5), width};
+            std::memcpy(progress.get() + b * kProgress, values, sizeof(values));
+            for (std::int64_t i = 0; i < length; ++i) {
+                tokens[b * length + i] = 39;
+                undecided[b * length + i] = i >= start && (draw(0, 2) || i == start);
+            }
+        }
+        auto ids = block<std::int64_t>(2 * count);
+        auto values = block<float>(5 * count);
+        for (std::int64_t i = 0; i < 2 * count; ++i) ids[i] = 0;
+        for (std::int64_t i = 0; i < 5 * count; ++i) values[i] = -INFINITY;
+        const RowStatsArgs stats{{hidden.get(), Type::f32, dim}, {head.get(), Type::f32, dim}, dim, vocab, nullptr, 0, nullptr, nullptr,
+                                 0, 0, nullptr, 0, round % 3 ? 0.0f : 1.0f, nullptr, ids.get(), ids.get() + count, values.get(),
+                                 values.get() + count, values.get() + 2 * count, values.get() + 3 * count, values.get() + 4 * count,
+                                 nullptr, nullptr};
+        const StepArgs step{batch, width, sequences.get(), length, prompt, width, 1, tokens.get(), undecided.get(), progress.get(),
+                            seeds.get(), quota.get(), bounds.get(), weights.get(), filter, 0.5, round % 2, filter > 0 && round % 2 == 0,
+                            ends.get(), round % 4 ? 1 : 0, ids.get(), values.get() + 3 * count};
+        const std::size_t size = row_stats_cpu_scratch(dim, vocab, count, 2);
+        void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);
+        if (!decode_step_cpu(stats, step, 2, 0, scratch)) return 1;
+        std::free(scratch);
+        ++calls;
+    }
+    std::printf("%d calls\n", calls);
+    return 0;
+}

@@ -1,0 +1,174 @@
+"""The registered ops: schema, compilation, and that a bad argument never reaches a kernel."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import matrices
+from test_decode_step import fresh_state, rules_for
+
+from dllm_engine import backends, native, ops
+from dllm_engine.rules import Rule
+
+NONE = torch.empty(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+    hidden, head = matrices(6, 16, 50, dtype)
+    rows = torch.tensor([1, 5, 0], dtype=torch.int32)
+    probes, keys = torch.tensor([[1], [2], [3]]), torch.arange(9).view(3, 3)
+    arguments = (hidden, head, rows, torch.tensor([3], dtype=torch.int32), NONE, probes, 0.5, keys, backend)
+    torch.library.opcheck(torch.ops.dllm.row_stats.default, arguments)
+    state = fresh_state(0, batch=2)
+    rule = rules_for(8, "cpu")["learn2pd-one"]
+    hidden, head = matrices(16, 16, 50, dtype)
+    step = (
+        hidden.view(2, 8, 16), head, torch.tensor([1, 0]), state.tokens, state.undecided, state.progress, state.seeds,
+        state.quota, rule.bounds, rule.weights, torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(5, 2, 8), NONE,
+        NONE, torch.tensor([1]), 3, 1, 0.0, rule.filter_length, rule.cut, True, False, backend,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.dllm.decode_step_.default, step)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    hidden, head = matrices(6, 32, 50, torch.float32)
+    rows = torch.tensor([1, 5, 0], dtype=torch.int32)
+
+    def scores(h: torch.Tensor) -> torch.Tensor:
+        stats = ops.row_stats(h * 2, head, rows, banned_ids=(3,), backend="cpu")
+        return stats.confidence + stats.token
+
+    torch.testing.assert_close(torch.compile(scores, fullgraph=True)(hidden), scores(hidden))
+
+    rule = rules_for(8, "cpu")["threshold"]
+    states = [fresh_state(2, batch=2) for _ in range(2)]
+    blocks = matrices(16, 32, 50, torch.float32)[0].view(2, 8, 32)
+
+    def step(h: torch.Tensor, state: Any) -> torch.Tensor:
+        ops.decode_step_(h * 2, head, state, torch.arange(2), rule, backend="cpu")
+        return state.progress + 0
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(blocks, states[0]), step(blocks, states[1]))
+    assert torch.equal(states[0].tokens, states[1].tokens)
+
+
+HIDDEN, HEAD = matrices(4, 16, 50, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": [1.0]}, TypeError, "hidden: list given; a tensor"),
+        ({"hidden": HIDDEN[0]}, ValueError, r"hidden: shape \[16\] given"),
+        ({"hidden": HIDDEN.double()}, TypeError, "hidden: torch.float64 given; float32, bfloat16 or float16"),
+        ({"hidden": HIDDEN[:, :8]}, ValueError, "lm_head: width 16 given; hidden has 8"),
+        ({"hidden": HIDDEN.T.contiguous().T}, ValueError, "hidden: stride 4 along D given"),
+        ({"hidden": HIDDEN.to("meta")}, ValueError, "lm_head: on cpu, hidden on meta"),
+        ({"lm_head": HEAD[:0]}, ValueError, "lm_head: shape"),
+        ({"lm_head": HEAD.int()}, TypeError, "lm_head: torch.int32 given"),
+        ({"rows": [0]}, TypeError, "rows: list given"),
+        ({"rows": torch.tensor([0.0])}, TypeError, "rows: torch.float32 given"),
+        ({"rows": torch.tensor([[0]])}, ValueError, r"rows: shape \[1, 1\] given"),
+        ({"rows": torch.tensor([0, 4])}, ValueError, "rows: 0 to 4 given; 0 to 3 allowed"),
+        ({"rows": torch.tensor([-1])}, ValueError, "rows: -1 to -1 given"),
+        ({"banned_ids": (50,)}, ValueError, "banned_ids: 50 given; ids 0 to 49"),
+        ({"excluded_ids": ("a",)}, ValueError, "excluded_ids: 'a' given"),
+        ({"probe_ids": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"probe_ids: shape \[2, 1\] given; \[1, 1\]"),
+        ({"probe_ids": torch.zeros(1, 9, dtype=torch.int64)}, ValueError, "probe_ids: 9 a row given; at most 8"),
+        ({"probe_ids": torch.full((1, 1), 50)}, ValueError, "probe_ids: 50 to 50 given"),
+        ({"probe_ids": torch.zeros(1, 1)}, TypeError, "probe_ids: torch.float32 given"),
+        ({"temperature": -1.0}, ValueError, "temperature: -1.0 given"),
+        ({"temperature": math.nan}, ValueError, "temperature: nan given"),
+        ({"temperature": 1.0}, ValueError, "noise_keys: needed with a temperature"),
+        ({"temperature": 1.0, "noise_keys": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, "noise_keys: shape"),
+        ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known"),
+        ({"backend": "cuda"}, RuntimeError, "backend: 'cuda' cannot run here"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_argument(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"hidden": HIDDEN, "lm_head": HEAD, "rows": torch.tensor([0])} | change
+    with pytest.raises(error, match=message):
+        ops.row_stats(arguments.pop("hidden"), arguments.pop("lm_head"), arguments.pop("rows"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": HIDDEN}, ValueError, r"hidden: \[4, 16\] given; a tensor \[B', S, D\]"),
+        ({"hidden": torch.zeros(2, 9, 16)}, ValueError, "hidden: 9 rows a block given; 1 to the block length 8"),
+        ({"sequences": torch.tensor([0])}, ValueError, r"sequences: shape \[1\] given; \[2\]"),
+        ({"sequences": torch.tensor([0, 2])}, ValueError, "sequences: 0 to 2 given; 0 to 1 allowed"),
+        ({"sequences": torch.tensor([1, 1])}, ValueError, r"sequences: \[1, 1\] given; each may occur once"),
+        ({"sequences": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "sequences: torch.int32 given"),
+        ({"rule": Rule(torch.zeros(3), torch.empty(0))}, ValueError, "rule.bounds: 3 given; the block has 8 rows"),
+        ({"rule": Rule(torch.zeros(8), torch.zeros(2 * 16 + 8))}, ValueError, "rule.weights: a filter of 4 given"),
+        ({"rule": Rule(torch.zeros(8), torch.zeros(100))}, ValueError, "rule.weights: shape"),
+        (
+            {"rule": Rule(torch.zeros(8), torch.zeros(2 * 200**2 + 400))},
+            ValueError,
+            "a filter of 200 given; .* 8 to 128",
+        ),
+        ({"rule": Rule(torch.zeros(8), torch.full((144,), math.nan))}, ValueError, "rule.weights: .* not finite"),
+        ({"end_ids": torch.tensor([1.0])}, TypeError, "end_ids: torch.float32 given"),
+        ({"temperature": math.inf}, ValueError, "temperature: inf given"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    state = fresh_state(0, batch=2)
+    before = [t.clone() for t in (state.tokens, state.undecided, state.progress)]
+    arguments: dict[str, Any] = {
+        "hidden": matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16), "sequences": torch.arange(2),
+        "rule": rules_for(8, "cpu")["threshold"],
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        ops.decode_step_(
+            arguments.pop("hidden"), HEAD, state, arguments.pop("sequences"), arguments.pop("rule"), **arguments
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, (state.tokens, state.undecided, state.progress), strict=True))
+
+
+def test_scratch_is_at_most_a_megabyte() -> None:
+    for dim, vocab in ((4096, 126464), (64, 500_000), (8192, 256_000)):
+        for rows in (1, 8, 32, 1024):
+            assert native.scratch_bytes(dim, vocab, rows, threads=2) <= 2**20, (dim, vocab, rows)
+
+
+def test_auto_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.resolve("auto", HIDDEN, HEAD) == "cpu"
+    monkeypatch.setenv("DLLM_BACKEND", "eager")
+    assert backends.resolve("auto", HIDDEN, HEAD) == "eager"
+    assert backends.resolve("cpu", HIDDEN, HEAD) == "cpu"  # an explicit name wins
+    monkeypatch.setenv("DLLM_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="DLLM_BACKEND: 'abacus' given"):
+        backends.resolve("auto", HIDDEN, HEAD)
+
+
+def interpreted(*arguments: str) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "DLLM_BACKEND": "triton"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-m", "not slow and not gpu", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_interpreted_triton() -> None:
+    """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    interpreted("tests/test_decode_step.py")
+
+
+@pytest.mark.slow
+def test_interpreted_triton_gives_the_goldens() -> None:
+    pytest.importorskip("triton")
+    interpreted("tests/test_golden.py")
