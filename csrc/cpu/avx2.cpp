@@ -51,24 +51,18 @@ struct Vector {
         const __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
         return {_mm256_andnot_ps(small, y)};
     }
-    static void from_f32(const float* p, std::int64_t n, float* to) {
-        std::int64_t k = 0;
-        for (; k + kLanes <= n; k += kLanes) _mm256_storeu_ps(to + k, _mm256_loadu_ps(p + k));
-        for (; k < n; ++k) to[k] = p[k];
+    static void from_f32(const float* p, std::int64_t n, float* to, std::int64_t step) {
+        for (std::int64_t k = 0; k < n; k += kLanes, to += step) _mm256_storeu_ps(to, _mm256_loadu_ps(p + k));
     }
-    static void from_bf16(const std::uint16_t* p, std::int64_t n, float* to) {
-        std::int64_t k = 0;
-        for (; k + kLanes <= n; k += kLanes) {
+    static void from_bf16(const std::uint16_t* p, std::int64_t n, float* to, std::int64_t step) {
+        for (std::int64_t k = 0; k < n; k += kLanes, to += step) {
             const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k));
-            _mm256_storeu_ps(to + k, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));
+            _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));
         }
-        for (; k < n; ++k) to[k] = bf16_to_float(p[k]);
     }
-    static void from_f16(const std::uint16_t* p, std::int64_t n, float* to) {
-        std::int64_t k = 0;
-        for (; k + kLanes <= n; k += kLanes)
-            _mm256_storeu_ps(to + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k))));
-        for (; k < n; ++k) to[k] = f16_to_float(p[k]);
+    static void from_f16(const std::uint16_t* p, std::int64_t n, float* to, std::int64_t step) {
+        for (std::int64_t k = 0; k < n; k += kLanes, to += step)
+            _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + k))));
     }
 };
 

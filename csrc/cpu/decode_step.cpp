@@ -72,8 +72,10 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
         for (std::int64_t k = 0; k < a.dim; k += kDepth) {
             const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
             for (int i = 0; i < kIds; ++i) {
-                if (i < count) kernel.pack(element(a.head, first + i, k), a.head.type, n, depth, ids + i * depth);
-                else std::memset(ids + i * depth, 0, static_cast<std::size_t>(depth) * 4);
+                if (i >= count) break;  // what an id beyond the last leaves there is not looked at
+                const int in_tile = i % kTileIds;
+                kernel.pack(element(a.head, first + i, k), a.head.type, n, depth,
+                            ids + (i - in_tile) * depth + in_tile * kLanes, kTileIds * kLanes);
             }
             // while the products are made, the next weights come in
             const bool last = k + kDepth >= a.dim;
@@ -139,11 +141,13 @@ bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
 
     for (std::int64_t first_row = 0; first_row < a.count; first_row += at.rows) {
         const int rows = static_cast<int>(std::min(at.rows, a.count - first_row));
-        // [depth chunk][row][depth]: the four rows of a tile lie side by side
         for (std::int64_t k = 0; k < a.dim; k += kDepth) {
             const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
-            for (int r = 0; r < rows; ++r)
-                kernel.pack(element(a.hidden, a.rows[first_row + r], k), a.hidden.type, n, depth, hidden + k * rows + r * depth);
+            for (int r = 0; r < rows; ++r) {
+                const int in_tile = r % kTileRows, tile = r - in_tile;
+                kernel.pack(element(a.hidden, a.rows[first_row + r], k), a.hidden.type, n, depth,
+                            hidden + k * rows + tile * depth + in_tile * kLanes, std::min(kTileRows, rows - tile) * kLanes);
+            }
         }
         std::atomic<std::int64_t> next{0};
         auto work = [&](int worker) {

@@ -11,6 +11,7 @@
 namespace dllm {
 
 constexpr int kLanes = 8;
+constexpr int kTileIds = 3, kTileRows = 4;  // a tile's 12 sums, 3 ids and a row fill AVX2's 16 registers
 constexpr int kIds = 24;           // ids scored together: a multiple of the tile's 3 and of the 8 lanes
 constexpr std::int64_t kDepth = 1024;  // elements of a row in flight: 4 rows of them (16 KB) stay in the first-level cache
 constexpr int kRows = 32;          // rows scored together; more rows stream the weights again
@@ -32,9 +33,11 @@ struct Ahead {
 };
 
 struct Kernel {
-    // Converts n elements to float and pads with zeros to `padded`.
-    void (*pack)(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to);
-    // sums[id][row][8] (+)= products of ids [kIds][depth] and hidden [rows][depth]; depth is a multiple of 8.
+    // Converts n elements to float and pads with zeros to `padded`; vectors of 8 go to every `step`-th float. So the
+    // 3 ids (4 rows) of a tile are interleaved: two streams to read, not seven whose lines fall into the same cache set.
+    void (*pack)(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to, std::int64_t step);
+    // sums[id][row][8] (+)= products of packed ids [kIds / 3][depth / 8][3][8] and rows
+    // [rows / 4][depth / 8][4][8] (the last tile has what is left); depth is a multiple of 8.
     void (*products)(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first, float* sums,
                      Ahead ahead);
     // Adds the eight sums up: logits[row][kIds].
@@ -58,9 +61,9 @@ struct Impl {
                 c[m][n] = first ? V::zero() : V::load(sums + m * sums_stride + n * kLanes);
         for (std::int64_t k = 0; k < depth; k += kLanes) {
             V w[M];
-            for (int m = 0; m < M; ++m) w[m] = V::load(ids + m * depth + k);
+            for (int m = 0; m < M; ++m) w[m] = V::load(ids + k * M + m * kLanes);
             for (int n = 0; n < N; ++n) {
-                const V h = V::load(hidden + n * depth + k);
+                const V h = V::load(hidden + k * N + n * kLanes);
                 for (int m = 0; m < M; ++m) c[m][n] = V::fma(w[m], h, c[m][n]);
             }
         }
@@ -68,26 +71,26 @@ struct Impl {
             for (int n = 0; n < N; ++n) c[m][n].store(sums + m * sums_stride + n * kLanes);
     }
 
-    template <int N>
-    static void row_group(const float* ids, const float* hidden, std::int64_t depth, bool first, float* sums,
-                          std::int64_t sums_stride, Ahead& ahead, std::int64_t lines) {
-        for (int i = 0; i < kIds; i += 3) {
-            ahead.fetch(lines);
-            tile<3, N>(ids + i * depth, hidden, depth, first, sums + i * sums_stride, sums_stride);
-        }
-    }
-
     static void products(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first,
                          float* sums, Ahead ahead) {
         const std::int64_t stride = static_cast<std::int64_t>(rows) * kLanes;
-        const std::int64_t tiles = kIds / 3 * ((rows + 3) / 4), lines = (ahead.ids * ahead.lines + tiles - 1) / tiles;
-        int r = 0;
-        for (; r + 4 <= rows; r += 4) row_group<4>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines);
-        switch (rows - r) {
-            case 3: row_group<3>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
-            case 2: row_group<2>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
-            case 1: row_group<1>(ids, hidden + r * depth, depth, first, sums + r * kLanes, stride, ahead, lines); break;
-            default: break;
+        const std::int64_t tiles = kIds / kTileIds * ((rows + kTileRows - 1) / kTileRows), lines = (ahead.ids * ahead.lines + tiles - 1) / tiles;
+        // rows inside: the three ids stay in the first-level cache for all of them
+        for (int i = 0; i < kIds; i += kTileIds) {
+            const float* three = ids + i * depth;
+            float* to = sums + i * stride;
+            int r = 0;
+            for (; r + kTileRows <= rows; r += kTileRows) {
+                ahead.fetch(lines);
+                tile<3, 4>(three, hidden + r * depth, depth, first, to + r * kLanes, stride);
+            }
+            if (r < rows) ahead.fetch(lines);
+            switch (rows - r) {
+                case 3: tile<3, 3>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
+                case 2: tile<3, 2>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
+                case 1: tile<3, 1>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
+                default: break;
+            }
         }
     }
 
@@ -120,11 +123,20 @@ struct Impl {
         }
     }
 
-    static void pack(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to) {
-        if (type == Type::f32) V::from_f32(static_cast<const float*>(from), n, to);
-        else if (type == Type::bf16) V::from_bf16(static_cast<const std::uint16_t*>(from), n, to);
-        else V::from_f16(static_cast<const std::uint16_t*>(from), n, to);
-        for (std::int64_t k = n; k < padded; ++k) to[k] = 0.0f;
+    static void pack(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to, std::int64_t step) {
+        const std::int64_t whole = n / kLanes * kLanes;
+        const std::size_t width = type == Type::f32 ? 4 : 2;
+        const auto convert = [&](const void* p, std::int64_t count, float* out) {
+            if (type == Type::f32) V::from_f32(static_cast<const float*>(p), count, out, step);
+            else if (type == Type::bf16) V::from_bf16(static_cast<const std::uint16_t*>(p), count, out, step);
+            else V::from_f16(static_cast<const std::uint16_t*>(p), count, out, step);
+        };
+        convert(from, whole, to);
+        if (whole == padded) return;
+        alignas(4) unsigned char last[kLanes * 4] = {};  // zeros are zero in every type
+        __builtin_memcpy(last, static_cast<const char*>(from) + static_cast<std::size_t>(whole) * width,
+                         static_cast<std::size_t>(n - whole) * width);
+        convert(last, kLanes, to + whole / kLanes * step);
     }
 
     static constexpr Kernel kernel() { return {pack, products, add_up, absorb}; }

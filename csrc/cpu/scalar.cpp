@@ -42,12 +42,19 @@ struct Vector {
         return most;
     }
     float total() const { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
-    static void from_f32(const float* p, std::int64_t n, float* to) { __builtin_memcpy(to, p, n * sizeof(float)); }
-    static void from_bf16(const std::uint16_t* p, std::int64_t n, float* to) {
-        for (std::int64_t k = 0; k < n; ++k) to[k] = bf16_to_float(p[k]);
+    template <class T, class F>
+    static void convert(const T* p, std::int64_t n, float* to, std::int64_t step, F f) {
+        for (std::int64_t k = 0; k < n; k += kLanes, to += step)
+            for (int i = 0; i < kLanes; ++i) to[i] = f(p[k + i]);
     }
-    static void from_f16(const std::uint16_t* p, std::int64_t n, float* to) {
-        for (std::int64_t k = 0; k < n; ++k) to[k] = f16_to_float(p[k]);
+    static void from_f32(const float* p, std::int64_t n, float* to, std::int64_t step) {
+        convert(p, n, to, step, [](float x) { return x; });
+    }
+    static void from_bf16(const std::uint16_t* p, std::int64_t n, float* to, std::int64_t step) {
+        convert(p, n, to, step, bf16_to_float);
+    }
+    static void from_f16(const std::uint16_t* p, std::int64_t n, float* to, std::int64_t step) {
+        convert(p, n, to, step, f16_to_float);
     }
 };
 

@@ -1,0 +1,167 @@
+"""Timing and provenance that the benchmarks share."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dllm_engine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a figure needs to be believed: when, which code, where."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "dllm_engine": dllm_engine.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def append(rows: Sequence[dict[str, Any]], device: torch.device, file: Path | None = None) -> Path:
+    """Add rows with their provenance to ``benchmarks/results/<device>.jsonl``."""
+    name = device_name(device).split(",")[0].replace(" ", "_").replace("/", "_").replace("(R)", "")
+    file = file or RESULTS / f"{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = provenance(device)
+    with file.open("a", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row | about) + "\n")
+    return file
+
+
+def once(run: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], Any]], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of every call, the contenders taking turns, so that a busy machine slows all of them alike.
+
+    On a GPU each turn repeats the call until it takes about 2 ms, and gives the mean.
+    """
+    loops = {}
+    for name, run in contenders.items():
+        run()  # compiles, allocates
+        loops[name] = max(1, round(2e-3 / max(once(run, device), 1e-6))) if device.type == "cuda" else 1
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    began = time.perf_counter()
+    while len(next(iter(times.values()))) < least or time.perf_counter() - began < seconds:
+        for name, run in contenders.items():
+            count = loops[name]
+
+            def repeated(run: Callable[[], Any] = run, count: int = count) -> None:
+                for _ in range(count):
+                    run()
+
+            times[name].append(once(repeated, device) / count)
+    return times
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the paired ratios of two contenders' turns."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
+    """Bytes that a call holds at most beyond what was there before; NaN where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        refs.write_text("5")  # resets the high-water mark of resident memory
+    except OSError:
+        return float("nan")
+
+    def kib(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    before = kib("VmRSS")
+    run()
+    return (kib("VmHWM") - before) * 1024.0
+
+
+def fma_rate(threads: int) -> float:
+    """FLOP/s of a register loop on ``threads`` threads; NaN without a C++ compiler or AVX2."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        return float("nan")
+    with tempfile.TemporaryDirectory() as directory:
+        library = Path(directory) / "fma.so"
+        flags = ["-O3", "-mavx2", "-mfma", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, str(ROOT / "benchmarks" / "fma.cpp"), "-o", str(library)], check=True)
+        run = ctypes.CDLL(str(library)).run_fma
+    run.restype, run.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long, ctypes.c_void_p]
+    sink = (ctypes.c_float * threads)()
+    run(threads, 1_000_000, sink)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        work = run(threads, 10_000_000, sink)
+        best = max(best, work / (time.perf_counter() - began))
+    return best
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second: a sum over 1 GiB on a CPU, a device-to-device copy (read and written bytes) on a GPU."""
+    data = torch.zeros(2**28, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        other = torch.empty_like(data)
+        times = [once(lambda: other.copy_(data), device) for _ in range(20)]
+        return 2 * data.nbytes / min(times)
+    return data.nbytes / min(once(data.sum, device) for _ in range(5))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product of 8192 (a GPU's roof)."""
+    a = torch.randn(8192, 8192, dtype=dtype, device=device)
+    times = [once(lambda: a @ a, device) for _ in range(10)]
+    return 2 * 8192**3 / min(times)
