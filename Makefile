@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-slow lint wheel clean
+.PHONY: demo test test-slow lint wheel gpu clean
 
 demo: .venv/demo.stamp
 	$(BIN)/dllm-engine demo
@@ -21,6 +21,15 @@ lint: .venv/lint.stamp
 
 wheel: .venv/demo.stamp
 	$(BIN)/pip wheel --no-deps -w dist .
+
+# Everything that needs a CUDA device; NO_VENV=1 takes $(PYTHON) as it is. ARGS=--dry-run stops before the GPU.
+ifdef NO_VENV
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+else
+gpu: .venv/test.stamp
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+endif
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -156,7 +156,19 @@ def test_auto_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 def interpreted(*arguments: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "DLLM_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-m", "not slow and not gpu", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-W",
+        "ignore",
+        "-m",
+        "not slow and not gpu",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

@@ -1,0 +1,98 @@
+"""What only a CUDA device can show: goldens and decodes there, and a step inside a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import matrices
+from conftest import GOLDEN
+from test_decode_step import fresh_state, rules_for
+
+from dllm_engine import LLaDA, backends, decode, ops
+
+pytestmark = pytest.mark.gpu
+
+
+def unavailable(backend: str) -> str:
+    return backends.BACKENDS[backend].unavailable
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_decode_gives_the_tokens_of_the_cpu(backend: str) -> None:
+    if unavailable(backend):
+        pytest.skip(unavailable(backend))
+    on_cpu, on_gpu = (LLaDA.from_pretrained(GOLDEN / "checkpoint", device=d, dtype="float32") for d in ("cpu", "cuda"))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for policy in ("topk", "threshold", "factor"):
+        for cache in ("none", "dual"):
+            options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": policy, "cache": cache, "seed": 0}
+            expected = decode(on_cpu, [[4, 5, 6], [7, 8]], backend="cpu", **options)
+            out = decode(on_gpu, [[4, 5, 6], [7, 8]], backend=backend, **options)
+            assert out.sequences.cpu().tolist() == expected.sequences.tolist()
+            assert out.forward_passes == expected.forward_passes
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["threshold", "learn2pd-one"])
+def test_a_step_in_a_cuda_graph(backend: str, name: str) -> None:
+    """Captured once, replayed until the block is done: the state moves as it does in eager steps."""
+    if unavailable(backend):
+        pytest.skip(unavailable(backend))
+    hidden, head = matrices(32, 64, 400, torch.bfloat16, peak=4.0, device="cuda")
+    hidden = hidden.view(4, 8, 64)
+    rule, sequences = rules_for(8, "cuda")[name], torch.arange(4, device="cuda")
+    banned = ops.id_tensor([3], torch.device("cuda"))
+
+    def step(state: Any) -> None:
+        ops.decode_step_(hidden, head, state, sequences, rule, banned_ids=banned, backend=backend)
+
+    graphed, expected = fresh_state(0, device="cuda"), fresh_state(0, device="cuda")
+    start = [t.clone() for t in (graphed.tokens, graphed.undecided, graphed.progress)]
+    step(graphed)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(graphed)
+    for tensor, value in zip((graphed.tokens, graphed.undecided, graphed.progress), start, strict=True):
+        tensor.copy_(value)
+    for _ in range(2):
+        graph.replay()
+        step(expected)
+        for field in ("tokens", "undecided", "progress"):
+            assert torch.equal(getattr(graphed, field), getattr(expected, field)), field
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_rows_out_of_range_are_errors_not_faults(backend: str) -> None:
+    if unavailable(backend):
+        pytest.skip(unavailable(backend))
+    hidden, head = matrices(4, 64, 300, torch.bfloat16, device="cuda")
+    rows = torch.tensor([0, 99999, -1, 3], dtype=torch.int32, device="cuda")
+    stats = ops.row_stats(hidden, head, rows, backend=backend)
+    good = ops.row_stats(hidden, head, torch.tensor([0, 3], device="cuda"), backend=backend)
+    assert stats.token[[1, 2]].tolist() == [-1, -1]
+    assert stats.token[[0, 3]].tolist() == good.token.tolist()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_no_host_synchronisation_in_a_step(backend: str) -> None:
+    if unavailable(backend):
+        pytest.skip(unavailable(backend))
+    hidden, head = matrices(32, 64, 400, torch.bfloat16, device="cuda")
+    state, rule = fresh_state(0, device="cuda"), rules_for(8, "cuda")["threshold"]
+    sequences, banned = torch.arange(4, device="cuda"), ops.id_tensor([3], torch.device("cuda"))
+
+    def step() -> None:
+        ops.decode_step_(hidden.view(4, 8, 64), head, state, sequences, rule, banned_ids=banned, backend=backend)
+
+    step()  # compiles, allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
