@@ -21,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/decode_step.cpp", "csrc/cpu/scalar.cpp"]
 if X86:
-    SOURCES.append("csrc/cpu/avx2.cpp")  # chosen at run time, so a wheel runs on older CPUs too
+    SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512bf16.cpp"]  # chosen at run time: a wheel runs on older CPUs too
+FLAGS = {"avx2": "-mavx2 -mfma -mf16c", "avx512bf16": "-mavx512f -mavx512bw -mavx512bf16"}
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/decode_step.cu"]
 CUDA_ARCHS = "sm_80 sm_90a compute_90"
 
@@ -84,8 +85,8 @@ class NinjaBuild(build_ext):
             objects.append(work / (Path(source).name + ".o"))
             rule = "cuda_object" if source.endswith(".cu") else "object"
             lines.append(f"build {objects[-1]}: {rule} {root / source}")
-            if source.endswith("avx2.cpp"):
-                lines.append("  extra = -mavx2 -mfma -mf16c")
+            if (name := Path(source).stem) in FLAGS:
+                lines.append(f"  extra = {FLAGS[name]}")
         lines.append(f"build {target}: link {' '.join(map(str, objects))}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", work, "--quiet"], check=True)

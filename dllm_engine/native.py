@@ -105,6 +105,11 @@ def decode_step_(
     )
 
 
+def has_avx2() -> bool:
+    """Whether this build and CPU run the AVX2 kernel."""
+    return not MISSING and bool(_cpu.has_avx2())
+
+
 def scratch_bytes(dim: int, vocab: int, count: int, threads: int) -> int:
     """Bytes of scratch that `row_stats` takes for these sizes."""
     return int(_cpu.scratch_bytes(dim, vocab, count, threads))

@@ -22,19 +22,23 @@ ROWS = [0, 1, 3, 32, 257]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# The fallback of `cpu` is a backend of its own to the tests.
-SCALAR = Backend(
-    native.MISSING, ("cpu",), partial(native.row_stats, isa="scalar"), partial(native.decode_step_, isa="scalar")
-)
+# Instruction sets that `cpu` would not choose here are backends of their own to the tests.
+ISAS = {
+    f"cpu-{isa}": Backend(
+        native.MISSING, ("cpu",), partial(native.row_stats, isa=isa), partial(native.decode_step_, isa=isa)
+    )
+    for isa in ("scalar", "avx2")
+}
 
 
 @contextmanager
-def scalar_backend() -> Iterator[None]:
-    BACKENDS["cpu-scalar"] = SCALAR
+def all_isas() -> Iterator[None]:
+    BACKENDS.update(ISAS)
     try:
         yield
     finally:
-        del BACKENDS["cpu-scalar"]
+        for name in ISAS:
+            del BACKENDS[name]
 
 
 def backend_params() -> list[Any]:
@@ -46,7 +50,8 @@ def backend_params() -> list[Any]:
         for name in ("eager", "triton", "cuda")
         if name in BACKENDS
     ]
-    return [("eager", "cpu"), ("cpu", "cpu"), ("cpu-scalar", "cpu"), *gpu]
+    avx2 = [("cpu-avx2", "cpu")] if native.has_avx2() else []
+    return [("eager", "cpu"), ("cpu", "cpu"), ("cpu-scalar", "cpu"), *avx2, *gpu]
 
 
 def skip_unsupported(backend: str, hidden: Tensor, head: Tensor) -> None:

@@ -58,7 +58,7 @@ int main() {
                     banned[0] = static_cast<std::int32_t>(vocab - 1);
                     auto ids = block<std::int64_t>(2 * count);
                     auto values = block<float>(5 * count), probes = block<float>(2 * count);
-                    const int threads = static_cast<int>(draw(1, 4)), isa = static_cast<int>(draw(1, 3));
+                    const int threads = static_cast<int>(draw(1, 4)), isa = static_cast<int>(draw(0, 3));
                     RowStatsArgs args{{hidden.get(), type, stride}, {head.get(), type, stride}, dim, vocab, rows.get(), count,
                                       banned.get(), nullptr, 1, 0, probe_ids.get(), 2, draw(0, 2) ? 0.7f : 0.0f, keys.get(),
                                       ids.get(), ids.get() + count, values.get(), values.get() + count, values.get() + 2 * count,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, ROWS, SHAPES, backend_params, compare, matrices, scalar_backend, skip_unsupported
+from cases import DTYPES, INTERPRETED, ROWS, SHAPES, all_isas, backend_params, compare, matrices, skip_unsupported
 from cases import truth as truth_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _scalar() -> Any:
-    with scalar_backend():
+def _isas() -> Any:
+    with all_isas():
         yield
 
 
@@ -42,7 +42,7 @@ def small(shape: tuple[int, int], rows: int, backend: str, device: str) -> bool:
     vocab = shape[1]
     if backend == "triton" or INTERPRETED:
         return vocab <= 4096 and rows <= 33
-    return vocab <= 4096 or (vocab == 32003 and rows <= 32 and backend != "cpu-scalar")
+    return vocab <= 4096 or (vocab == 32003 and rows <= 32 and backend in ("cpu", "eager"))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512bf16": ["-mavx512f", "-mavx512bw", "-mavx512bf16"]}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
@@ -27,8 +28,14 @@ def test_sanitizers(tmp_path: Path, sanitizers: str) -> None:
         "-fno-sanitize-recover=all",
     ]
     objects = []
-    for source in ("csrc/cpu/decode_step.cpp", "csrc/cpu/scalar.cpp", "csrc/cpu/avx2.cpp", "tests/sanitize.cpp"):
-        extra = ["-mavx2", "-mfma", "-mf16c"] if source.endswith("avx2.cpp") else []
+    for source in (
+        "csrc/cpu/decode_step.cpp",
+        "csrc/cpu/scalar.cpp",
+        "csrc/cpu/avx2.cpp",
+        "csrc/cpu/avx512bf16.cpp",
+        "tests/sanitize.cpp",
+    ):
+        extra = FLAGS.get(Path(source).stem, [])
         objects.append(str(tmp_path / (Path(source).stem + ".o")))
         subprocess.run([str(COMPILER), *flags, *extra, "-c", str(ROOT / source), "-o", objects[-1]], check=True)
     program = tmp_path / "sanitize"

@@ -74,4 +74,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("decode_step", &decode_step);
     m.def("scratch_bytes", &dllm::row_stats_cpu_scratch);
     m.def("has_avx2", &dllm::cpu_has_avx2);
+    m.def("has_avx512bf16", &dllm::cpu_has_avx512bf16);
 }

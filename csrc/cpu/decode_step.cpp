@@ -18,20 +18,43 @@ static_assert(kSegment % kIds == 0, "a segment is whole groups of ids");
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-// Where each part of the scratch lies, in bytes.
+// The kernel for a call; isa as in decode_step.h.
+Kernel kernel_for(int isa, Type hidden, Type head) {
+#ifdef DLLM_AVX2
+    if (isa == 1 || !cpu_has_avx2()) return kScalar;
+    Kernel kernel = kAvx2;
+    if (isa != 2 && hidden == Type::bf16 && head == Type::bf16 && cpu_has_avx512bf16()) {
+        kernel.elements = bf16::kElements;
+        kernel.bytes = bf16::kElements * 2;
+        kernel.lanes = bf16::kLanes;
+        kernel.tile_ids = bf16::kTileIds;
+        kernel.tile_rows = bf16::kTileRows;
+        kernel.pack = bf16::pack;
+        kernel.products = bf16::products;
+        kernel.add_up = bf16::add_up;
+    }
+    return kernel;
+#else
+    (void)isa, (void)hidden, (void)head;
+    return kScalar;
+#endif
+}
+
+// Where each part of the scratch lies, in bytes. Sized for the kernel that needs most, whichever runs.
 struct Layout {
-    std::int64_t rows, depth, segments;
+    std::int64_t rows, segments, ids_bytes;
     std::size_t hidden, states, worker, worker_size, total;
     Layout(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
+        constexpr std::int64_t most_lanes = 16, most_elements = 32;
         // the packed rows take at most half a megabyte, unless 4 of them are longer
-        const std::int64_t padded = round_up(dim, kLanes);
-        rows = std::max<std::int64_t>(std::min<std::int64_t>({count, kRows, (1 << 19) / 4 / padded}), std::min<std::int64_t>(count, 4));
-        depth = std::min(padded, kDepth);
+        const std::int64_t bytes = round_up(dim, most_elements) * 4;
+        rows = std::max<std::int64_t>(std::min<std::int64_t>({count, kRows, (1 << 19) / bytes}), std::min<std::int64_t>(count, 4));
         segments = (vocab + kSegment - 1) / kSegment;
+        ids_bytes = kIds * std::min(bytes, kDepth * 4);
         hidden = 0;
-        states = static_cast<std::size_t>(round_up(rows * padded * 4, 64));
+        states = static_cast<std::size_t>(rows * bytes);
         worker = states + static_cast<std::size_t>(round_up(segments * rows * static_cast<std::int64_t>(sizeof(RowState)), 64));
-        worker_size = static_cast<std::size_t>(kIds * depth * 4 + kIds * rows * kLanes * 4 + kIds * rows * 4 + 64);
+        worker_size = static_cast<std::size_t>(ids_bytes + kIds * rows * most_lanes * 4 + round_up(kIds * rows * 4, 64));
         total = worker + static_cast<std::size_t>(threads) * worker_size;
     }
 };
@@ -58,10 +81,10 @@ class Marks {
 
 // Scores one segment of the vocabulary for the rows [first_row, first_row + rows) of the call.
 void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at, std::int64_t first_row, int rows,
-                   std::int64_t segment, const float* hidden, RowState* states, char* scratch) {
-    float* ids = reinterpret_cast<float*>(scratch);
-    float* sums = ids + kIds * at.depth;
-    float* logits = sums + kIds * at.rows * kLanes;
+                   std::int64_t segment, const char* hidden, RowState* states, char* scratch) {
+    char* ids = scratch;
+    float* sums = reinterpret_cast<float*>(ids + at.ids_bytes);
+    float* logits = sums + kIds * at.rows * kernel.lanes;
     const std::int64_t begin = segment * kSegment, end = std::min(begin + kSegment, a.vocab);
     const std::int64_t width = a.head.type == Type::f32 ? 4 : 2;
     Marks banned(a.banned, a.banned_count, begin), excluded(a.excluded, a.excluded_count, begin);
@@ -70,12 +93,11 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
     for (std::int64_t first = begin; first < end; first += kIds) {
         const int count = static_cast<int>(std::min<std::int64_t>(kIds, end - first));
         for (std::int64_t k = 0; k < a.dim; k += kDepth) {
-            const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
-            for (int i = 0; i < kIds; ++i) {
-                if (i >= count) break;  // what an id beyond the last leaves there is not looked at
-                const int in_tile = i % kTileIds;
-                kernel.pack(element(a.head, first + i, k), a.head.type, n, depth,
-                            ids + (i - in_tile) * depth + in_tile * kLanes, kTileIds * kLanes);
+            const std::int64_t n = std::min(kDepth, a.dim - k), vectors = (n + kernel.elements - 1) / kernel.elements;
+            for (int i = 0; i < count; ++i) {  // what lies where ids beyond the last would be is not looked at
+                const int in_tile = i % kernel.tile_ids;
+                kernel.pack(element(a.head, first + i, k), a.head.type, n,
+                            ids + ((i - in_tile) * vectors + in_tile) * kernel.bytes, kernel.tile_ids * kernel.bytes);
             }
             // while the products are made, the next weights come in
             const bool last = k + kDepth >= a.dim;
@@ -83,7 +105,7 @@ void score_segment(const RowStatsArgs& a, const Kernel& kernel, const Layout& at
             const std::int64_t bytes = std::min(kDepth, a.dim - next_k) * width;
             const Ahead ahead{element(a.head, next_id, next_k), a.head.stride * width, (bytes + 63) / 64,
                               std::clamp<std::int64_t>(end - next_id, 0, kIds)};
-            kernel.products(ids, hidden + k * rows, depth, rows, k == 0, sums, ahead);
+            kernel.products(ids, hidden + k / kernel.elements * rows * kernel.bytes, vectors, rows, k == 0, sums, ahead);
         }
         kernel.add_up(sums, rows, logits);
 
@@ -123,30 +145,36 @@ bool cpu_has_avx2() {
 #endif
 }
 
+bool cpu_has_avx512bf16() {
+#ifdef DLLM_AVX2
+    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
     return Layout(dim, vocab, count, threads).total;
 }
 
 bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
     if (isa == 2 && !cpu_has_avx2()) return false;
-#ifdef DLLM_AVX2
-    const Kernel& kernel = isa == 1 || !cpu_has_avx2() ? kScalar : kAvx2;
-#else
-    const Kernel& kernel = kScalar;
-#endif
+    const Kernel kernel = kernel_for(isa, a.hidden.type, a.head.type);
     const Layout at(a.dim, a.vocab, a.count, threads);
     char* base = static_cast<char*>(scratch);
-    float* hidden = reinterpret_cast<float*>(base + at.hidden);
+    char* hidden = base + at.hidden;
     RowState* states = reinterpret_cast<RowState*>(base + at.states);
 
     for (std::int64_t first_row = 0; first_row < a.count; first_row += at.rows) {
         const int rows = static_cast<int>(std::min(at.rows, a.count - first_row));
         for (std::int64_t k = 0; k < a.dim; k += kDepth) {
-            const std::int64_t n = std::min(kDepth, a.dim - k), depth = round_up(n, kLanes);
+            const std::int64_t n = std::min(kDepth, a.dim - k), vectors = (n + kernel.elements - 1) / kernel.elements;
             for (int r = 0; r < rows; ++r) {
-                const int in_tile = r % kTileRows, tile = r - in_tile;
-                kernel.pack(element(a.hidden, a.rows[first_row + r], k), a.hidden.type, n, depth,
-                            hidden + k * rows + tile * depth + in_tile * kLanes, std::min(kTileRows, rows - tile) * kLanes);
+                const int in_tile = r % kernel.tile_rows, tile = r - in_tile;
+                char* to = hidden + (k / kernel.elements * rows + tile * vectors + in_tile) * kernel.bytes;
+                kernel.pack(element(a.hidden, a.rows[first_row + r], k), a.hidden.type, n, to,
+                            std::min(kernel.tile_rows, rows - tile) * kernel.bytes);
             }
         }
         std::atomic<std::int64_t> next{0};

@@ -1,8 +1,7 @@
 // The inner loops, written once over a vector of eight floats and compiled per instruction set (scalar.cpp, avx2.cpp).
 //
-// A logit is the sum of eight running products (element k goes to sum k mod 8), kept in vectors over the whole row and
-// added up at the end in one order. It depends on nothing but its row and its id: not on the batch, the tile or the
-// number of threads.
+// A logit is the sum of eight (bfloat16: sixteen) running sums, kept in vectors over the whole row and added up at the end
+// in one order. It depends on nothing but its row and its id: not on the batch, the tile or the number of threads.
 #pragma once
 
 #include "../include/dllm/decode_step.h"
@@ -11,8 +10,7 @@
 namespace dllm {
 
 constexpr int kLanes = 8;
-constexpr int kTileIds = 3, kTileRows = 4;  // a tile's 12 sums, 3 ids and a row fill AVX2's 16 registers
-constexpr int kIds = 24;           // ids scored together: a multiple of the tile's 3 and of the 8 lanes
+constexpr int kIds = 24;           // ids scored together: a multiple of every tile's and of the 8 lanes
 constexpr std::int64_t kDepth = 1024;  // elements of a row in flight: 4 rows of them (16 KB) stay in the first-level cache
 constexpr int kRows = 32;          // rows scored together; more rows stream the weights again
 
@@ -33,20 +31,32 @@ struct Ahead {
 };
 
 struct Kernel {
-    // Converts n elements to float and pads with zeros to `padded`; vectors of 8 go to every `step`-th float. So the
-    // 3 ids (4 rows) of a tile are interleaved: two streams to read, not seven whose lines fall into the same cache set.
-    void (*pack)(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to, std::int64_t step);
-    // sums[id][row][8] (+)= products of packed ids [kIds / 3][depth / 8][3][8] and rows
-    // [rows / 4][depth / 8][4][8] (the last tile has what is left); depth is a multiple of 8.
-    void (*products)(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first, float* sums,
+    int elements, bytes;      // of a vector: 8 floats, or 32 bfloat16 where the CPU multiplies them itself
+    int lanes;                // running sums of a logit
+    int tile_ids, tile_rows;  // of a full tile; its sums and operands fill the registers
+    // Converts n elements and pads the last vector with zeros; a vector goes to every `step`-th byte. So the ids (rows) of
+    // a tile are interleaved: two streams to read, not seven whose lines fall into the same cache set.
+    void (*pack)(const void* from, Type type, std::int64_t n, char* to, std::int64_t step);
+    // sums[id][row][lanes] (+)= products of packed ids [kIds / tile_ids][vectors][tile_ids] and rows
+    // [rows / tile_rows][vectors][tile_rows] (the last tile of rows has what is left).
+    void (*products)(const char* ids, const char* hidden, std::int64_t vectors, int rows, bool first, float* sums,
                      Ahead ahead);
-    // Adds the eight sums up: logits[row][kIds].
+    // Adds the lanes up: logits[row][kIds].
     void (*add_up)(const float* sums, int rows, float* logits);
     // Absorbs `count` consecutive ids of one row; flag bit 0 bans, bit 1 excludes, nullptr if no id of them is flagged.
     void (*absorb)(RowState& row, const float* logits, int count, std::int32_t first_id, const std::uint8_t* flags);
 };
 
 extern const Kernel kScalar, kAvx2;
+
+// bfloat16 by bfloat16 on CPUs with AVX512-BF16; it absorbs like kAvx2. No table of its own: one filled at start would
+// run its instructions.
+namespace bf16 {
+constexpr int kTileIds = 6, kTileRows = 4, kLanes = 16, kElements = 32;
+void pack(const void* from, Type type, std::int64_t n, char* to, std::int64_t step);
+void products(const char* ids, const char* hidden, std::int64_t vectors, int rows, bool first, float* sums, Ahead ahead);
+void add_up(const float* sums, int rows, float* logits);
+}  // namespace bf16
 
 namespace {  // each translation unit has its own copy: an AVX2 one must never be linked into the scalar path
 
@@ -71,25 +81,27 @@ struct Impl {
             for (int n = 0; n < N; ++n) c[m][n].store(sums + m * sums_stride + n * kLanes);
     }
 
-    static void products(const float* ids, const float* hidden, std::int64_t depth, int rows, bool first,
+    static constexpr int kTileIds = 3, kTileRows = 4;  // 12 sums, 3 ids and a row: AVX2's 16 registers
+
+    static void products(const char* packed_ids, const char* packed_hidden, std::int64_t vectors, int rows, bool first,
                          float* sums, Ahead ahead) {
-        const std::int64_t stride = static_cast<std::int64_t>(rows) * kLanes;
+        const float *ids = reinterpret_cast<const float*>(packed_ids), *hidden = reinterpret_cast<const float*>(packed_hidden);
+        const std::int64_t stride = static_cast<std::int64_t>(rows) * kLanes, depth = vectors * kLanes;
         const std::int64_t tiles = kIds / kTileIds * ((rows + kTileRows - 1) / kTileRows), lines = (ahead.ids * ahead.lines + tiles - 1) / tiles;
         // rows inside: the three ids stay in the first-level cache for all of them
         for (int i = 0; i < kIds; i += kTileIds) {
             const float* three = ids + i * depth;
             float* to = sums + i * stride;
-            int r = 0;
-            for (; r + kTileRows <= rows; r += kTileRows) {
+            for (int r = 0; r < rows; r += kTileRows) {
                 ahead.fetch(lines);
-                tile<3, 4>(three, hidden + r * depth, depth, first, to + r * kLanes, stride);
-            }
-            if (r < rows) ahead.fetch(lines);
-            switch (rows - r) {
-                case 3: tile<3, 3>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
-                case 2: tile<3, 2>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
-                case 1: tile<3, 1>(three, hidden + r * depth, depth, first, to + r * kLanes, stride); break;
-                default: break;
+                const float* group = hidden + r * depth;
+                float* out = to + r * kLanes;
+                switch (rows - r) {
+                    case 1: tile<3, 1>(three, group, depth, first, out, stride); break;
+                    case 2: tile<3, 2>(three, group, depth, first, out, stride); break;
+                    case 3: tile<3, 3>(three, group, depth, first, out, stride); break;
+                    default: tile<3, 4>(three, group, depth, first, out, stride); break;
+                }
             }
         }
     }
@@ -123,23 +135,24 @@ struct Impl {
         }
     }
 
-    static void pack(const void* from, Type type, std::int64_t n, std::int64_t padded, float* to, std::int64_t step) {
-        const std::int64_t whole = n / kLanes * kLanes;
+    static void pack(const void* from, Type type, std::int64_t n, char* to_bytes, std::int64_t step_bytes) {
+        const std::int64_t whole = n / kLanes * kLanes, step = step_bytes / 4;
         const std::size_t width = type == Type::f32 ? 4 : 2;
+        float* to = reinterpret_cast<float*>(to_bytes);
         const auto convert = [&](const void* p, std::int64_t count, float* out) {
             if (type == Type::f32) V::from_f32(static_cast<const float*>(p), count, out, step);
             else if (type == Type::bf16) V::from_bf16(static_cast<const std::uint16_t*>(p), count, out, step);
             else V::from_f16(static_cast<const std::uint16_t*>(p), count, out, step);
         };
         convert(from, whole, to);
-        if (whole == padded) return;
+        if (whole == n) return;
         alignas(4) unsigned char last[kLanes * 4] = {};  // zeros are zero in every type
         __builtin_memcpy(last, static_cast<const char*>(from) + static_cast<std::size_t>(whole) * width,
                          static_cast<std::size_t>(n - whole) * width);
         convert(last, kLanes, to + whole / kLanes * step);
     }
 
-    static constexpr Kernel kernel() { return {pack, products, add_up, absorb}; }
+    static constexpr Kernel kernel() { return {kLanes, kLanes * 4, kLanes, kTileIds, kTileRows, pack, products, add_up, absorb}; }
 };
 
 inline float bits_to_float(std::uint32_t bits) {
