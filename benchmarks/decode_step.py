@@ -29,6 +29,9 @@ BLOCK, PROMPT, THRESHOLD = 32, 256, 0.9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_told: set[str] = set()
+
+
 class Problem:
     """``rows`` undecided rows in blocks of at most 32, at the end of a canvas with 256 more."""
 
@@ -146,7 +149,9 @@ def measure(problem: Problem, rows: int, args: argparse.Namespace, console: Cons
         reason = backends.BACKENDS[backend].refuses(problem.hidden.flatten(0, 1), problem.head)
         reason = reason or check(problem, backend)
         if reason:
-            console.print(f"{backend} is not timed: {reason}")
+            if (message := f"{backend} is not timed: {reason}") not in _told:
+                console.print(message)
+                _told.add(message)
         else:
             contenders[backend] = problem.fused(backend)
     compiled = torch.compile(unfused, dynamic=False)
