@@ -1,11 +1,14 @@
 // Runs the CPU core on exactly sized heap blocks, under the sanitizers: any read or write beside them stops the program.
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../csrc/include/dllm/commit.h"
@@ -39,6 +42,37 @@ static std::unique_ptr<char[], Free> matrix(Type type, std::int64_t rows, std::i
     }
     return data;
 }
+
+// A team of threads, as a warp is on a GPU: barriers and reductions that really wait, so that the thread sanitizer sees a
+// missing one.
+struct Meeting {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int arrived = 0, round = 0;
+    std::vector<std::int64_t> values;
+    void wait(int lanes) {
+        std::unique_lock<std::mutex> lock(mutex);
+        const int own = round;
+        if (++arrived == lanes) arrived = 0, ++round, changed.notify_all();
+        else changed.wait(lock, [&] { return round != own; });
+    }
+};
+struct ThreadTeam {
+    int lane, lanes;
+    Meeting* meeting;
+    void sync() const { meeting->wait(lanes); }
+    template <class Join>
+    std::int64_t over_all(std::int64_t x, Join join) const {
+        meeting->values[static_cast<std::size_t>(lane)] = x;
+        sync();
+        for (const std::int64_t other : meeting->values) x = join(x, other);
+        sync();
+        return x;
+    }
+    std::int64_t least(std::int64_t x) const { return over_all(x, [](auto p, auto q) { return p < q ? p : q; }); }
+    std::int64_t most(std::int64_t x) const { return over_all(x, [](auto p, auto q) { return p > q ? p : q; }); }
+    std::int64_t total(std::int64_t x) const { return over_all(x, [](auto p, auto q) { return p + q; }) - x; }
+};
 
 int main() {
     int calls = 0;
@@ -104,8 +138,33 @@ int main() {
                             ends.get(), round % 4 ? 1 : 0, ids.get(), values.get() + 3 * count};
         const std::size_t size = row_stats_cpu_scratch(dim, vocab, count, 2);
         void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);
+        const std::vector<std::int64_t> old_tokens(tokens.get(), tokens.get() + batch * length), old_progress(progress.get(), progress.get() + batch * kProgress);
+        const std::vector<std::uint8_t> old_undecided(undecided.get(), undecided.get() + batch * length);
         if (!decode_step_cpu(stats, step, 2, 0, scratch)) return 1;
         std::free(scratch);
+        // the same decisions by several threads
+        auto team_tokens = old_tokens, team_progress = old_progress;
+        auto team_undecided = old_undecided;
+        StepArgs by_team = step;
+        by_team.tokens = team_tokens.data();
+        by_team.progress = team_progress.data();
+        by_team.undecided = team_undecided.data();
+        const int lanes = static_cast<int>(draw(2, 5));
+        for (std::int64_t r = 0; r < batch; ++r) {
+            Meeting meeting;
+            meeting.values.resize(static_cast<std::size_t>(lanes));
+            std::vector<std::int32_t> ranks(static_cast<std::size_t>(width));
+            CommitScratch shared;
+            shared.rank = ranks.data();
+            std::vector<std::thread> threads;
+            for (int lane = 0; lane < lanes; ++lane)
+                threads.emplace_back([&, lane] { commit_sequence(by_team, r, ThreadTeam{lane, lanes, &meeting}, shared); });
+            for (auto& thread : threads) thread.join();
+        }
+        if (std::memcmp(team_tokens.data(), tokens.get(), team_tokens.size() * 8) != 0 ||
+            std::memcmp(team_progress.data(), progress.get(), team_progress.size() * 8) != 0 ||
+            std::memcmp(team_undecided.data(), undecided.get(), team_undecided.size()) != 0)
+            return 2;
         ++calls;
     }
     std::printf("%d calls\n", calls);
