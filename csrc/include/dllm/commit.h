@@ -10,7 +10,7 @@ namespace dllm {
 // Columns of a sequence's progress, as in dllm_engine/state.py.
 enum Progress { kBlockStart, kActiveEnd, kStepInBlock, kFailedAt, kStep, kLeft, kProgress };
 
-// The threads that work on one sequence. Every lane makes the same calls in the same order.
+// The threads that work on one sequence. Every lane makes the same calls in the same order; each of them is a barrier.
 struct OneThread {
     static constexpr int lane = 0, lanes = 1;
     void sync() const {}
@@ -86,7 +86,6 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
 
     const std::int64_t quota = a.quota[progress[kStepInBlock]];
     std::int64_t end = old_end;
-    team.sync();  // every lane has read undecided and progress before any writes them
     for (std::int64_t i = team.lane; i < width; i += team.lanes) {
         if (!undecided[start + i]) continue;
         bool chosen = scratch.rank[i] < quota || scratch.rank[i] < picked;
