@@ -122,7 +122,9 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cfg-scale", type=float, default=0.0, metavar="S", help="classifier-free guidance (%(default)s)"
     )
-    group.add_argument("--end-of-text", default="auto", metavar="NAME", help="auto, off or committed (%(default)s)")
+    group.add_argument(
+        "--end-of-text", default="auto", metavar="NAME", help="auto, off, committed or predicted (%(default)s)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="prompt i gets seed N + i (default: random)")
     group.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
 

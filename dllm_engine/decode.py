@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_engine import backends, inputs, ops, policies
+from dllm_engine.end_of_text import predict_end_
 from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
@@ -71,8 +72,9 @@ def decode(
         cache: ``"none"``, ``"prefix"`` or ``"dual"`` (Fast-dLLM, arXiv 2505.22618).
         temperature: 0 takes the best token; above, tokens are drawn from softmax(logits / temperature).
         cfg_scale: classifier-free guidance; 0 is off.
-        end_of_text: ``"committed"`` stops a sequence after an end id that it committed, ``"off"`` decodes every
-            position, ``"auto"`` is ``"committed"``.
+        end_of_text: ``"committed"`` stops a sequence after an end id that it committed; ``"predicted"`` also cuts off,
+            at the first call of a block, what is predicted to be end ids to the last (see `end_of_text`); ``"off"``
+            decodes every position; ``"auto"`` is ``"committed"``.
         seed: int (sequence i gets seed + i) or one a sequence; None draws one, told in ``settings``.
         backend: ``"auto"`` or a name that ``dllm-engine info`` lists.
         streamer: object with ``put``, ``put_draft`` and ``end``, such as transformers' ``TextDiffusionStreamer``; for
@@ -146,27 +148,41 @@ def run(
     }
     end_ids = torch.tensor(model.end_ids, device=device)
     stopping_ids = end_ids if settings["end_of_text"] != "off" else None
+    predicts = settings["end_of_text"] == "predicted"
+    scoring_ahead = scoring | {"temperature": 0.0}
+    policy.begin(state)
     fused = policies.as_rule(policy, state.block_length, device)
     passes, sequence_passes = 0, [0] * state.batch
     where = state.progress.tolist()  # host: where every sequence starts
 
-    while unfinished := [b for b, (start, end, *_) in enumerate(where) if start < end]:
+    while unfinished := [b for b, (*_, left) in enumerate(where) if left > 0]:
         beginning = [b for b in unfinished if where[b][2] == 0]
         refresh = settings["cache"] != "none" and bool(beginning)
         joining = beginning if refresh else unfinished
         starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
         width = min(state.block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
 
+        block_ends = {b: where[b][0] + state.block_length for b in beginning}
+        ahead = [b for b, block_end in block_ends.items() if predicts and where[b][1] > block_end]
+
         sequences = torch.tensor(joining, device=device)
+        rows = max(ends) - min(starts) if ahead else width
         hidden = forward(
-            sequences, refresh=refresh, width=width, first=min(starts), shortest=min(ends), longest=max(ends)
+            sequences, refresh=refresh, width=rows, first=min(starts), shortest=min(ends), longest=max(ends)
         )
+        hidden, beyond = hidden[:, :width], hidden[:, state.block_length :]
         if fused is not None:
             ops.decode_step_(hidden, model.lm_head, state, sequences, fused, end_ids=stopping_ids, **scoring)
         else:
             block = state.block(sequences, width)
             stats = ops.block_stats(hidden, model.lm_head, block, reads_decided=policy.reads_decided, **scoring)
-            commit_(state, block, stats, policy.score(stats, block), policy.select(stats, block), end_ids=stopping_ids)
+            decisions = [f(stats, block) for f in (policy.score, policy.select, policy.tokens)]
+            commit_(state, block, stats, *decisions, end_ids=stopping_ids)
+
+        if ahead:
+            chosen = torch.tensor([joining.index(b) for b in ahead], device=device)
+            first = torch.tensor([block_ends[b] for b in ahead], device=device)
+            predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, end_ids, scoring_ahead)
 
         passes += 1
         for b in joining:

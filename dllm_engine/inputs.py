@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_engine.forward import CACHES
 from dllm_engine.model import LLaDA
 
-END_OF_TEXT = ("auto", "off", "committed")
+END_OF_TEXT = ("auto", "off", "committed", "predicted")
 
 
 def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:

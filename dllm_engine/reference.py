@@ -183,7 +183,7 @@ def decode_step_(
         temperature=temperature,
         noise_keys=block.noise_keys.flatten(0, 1),
     ).reshape(batch, width)
-    commit_(state, block, stats, stats.log_odds, rules.select(rule, stats, block), end_ids=end_ids)
+    commit_(state, block, stats, stats.log_odds, rules.select(rule, stats, block), stats.token, end_ids=end_ids)
     return stats
 
 
@@ -205,7 +205,14 @@ def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -
 
 
 def commit_(
-    state: DecodeState, block: BlockState, stats: RowStats, score: Tensor, selected: Tensor, *, end_ids: Tensor | None
+    state: DecodeState,
+    block: BlockState,
+    stats: RowStats,
+    score: Tensor,
+    selected: Tensor,
+    tokens: Tensor,
+    *,
+    end_ids: Tensor | None,
 ) -> None:
     """Write the step's tokens and move every sequence on; ``state`` is changed in place.
 
@@ -215,7 +222,8 @@ def commit_(
 
     Args:
         block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
-        selected: bool [B', S]. end_ids: int64 [E], or None for end of text "off".
+        selected: bool [B', S]. tokens: int64 [B', S], what is written where. end_ids: int64 [E], or None for end of
+            text "off".
     """
     undecided = block.undecided
     failed = undecided & ((stats.token < 0) | score.isnan())
@@ -223,13 +231,13 @@ def commit_(
     chosen = undecided & (selected | (rank < block.quota[:, None])) & ~failed
 
     rows, columns = block.sequences[:, None], block.columns
-    state.tokens[rows, columns] = torch.where(chosen, stats.token, state.tokens[rows, columns])
+    state.tokens[rows, columns] = torch.where(chosen, tokens, state.tokens[rows, columns])
     state.undecided[rows, columns] = undecided & ~chosen
     first_failed = torch.where(failed, columns, state.length).amin(1)
     state.failed_at[block.sequences] = torch.minimum(state.failed_at[block.sequences], first_failed)
 
     if end_ids is not None:
-        ended = chosen & torch.isin(stats.token, end_ids)
+        ended = chosen & torch.isin(tokens, end_ids)
         end = torch.where(ended, columns + 1, state.length).amin(1)
         state.active_end[block.sequences] = torch.minimum(state.active_end[block.sequences], end)
         beyond = torch.arange(state.length, device=end.device) >= state.active_end[:, None]

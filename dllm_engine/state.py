@@ -27,6 +27,11 @@ class BlockState:
     quota: Tensor
     noise_keys: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B', S], counted from the start of the generation."""
+        return self.noise_keys[..., 1]
+
 
 class DecodeState:
     """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.

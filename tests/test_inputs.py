@@ -39,7 +39,7 @@ def model() -> LLaDA:
         ({"policy": 3}, TypeError, "policy: int given; a name or a policies.Policy"),
         ({"policy": "learn2pd"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
         ({"cache": "triple"}, ValueError, "cache: 'triple' given; known: none, prefix, dual"),
-        ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed"),
+        ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed, predicted"),
         ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, cpu, triton, cuda, eager"),
         ({"temperature": -1.0}, ValueError, "temperature: -1.0 given; a finite number ≥ 0"),
         ({"temperature": float("nan")}, ValueError, "temperature: nan given"),

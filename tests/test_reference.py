@@ -175,7 +175,7 @@ def step(
     block = state.block(torch.arange(state.batch), state.block_length)
     chosen = torch.zeros(block.columns.shape, dtype=torch.bool) if select is None else torch.tensor(select)
     end_ids = None if ends is None else torch.tensor(ends)
-    commit_(state, block, make_stats(tokens), torch.tensor(score), chosen, end_ids=end_ids)
+    commit_(state, block, make_stats(tokens), torch.tensor(score), chosen, torch.tensor(tokens), end_ids=end_ids)
 
 
 def test_commit_takes_the_best_and_the_selected() -> None:

@@ -10,6 +10,7 @@ import torch
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
 from dllm_engine.policies.base import Policy, RulePolicy
 from dllm_engine.policies.learn2pd import Learn2PD
+from dllm_engine.policies.oracle import Oracle
 from dllm_engine.policies.threshold import Factor, Threshold
 from dllm_engine.policies.topk import Random, TopK
 from dllm_engine.rules import MAX_FILTER, Rule
@@ -17,7 +18,7 @@ from dllm_engine.rules import MAX_FILTER, Rule
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
-__all__ = ["Factor", "Learn2PD", "Policy", "Random", "Threshold", "TopK", "names", "resolve"]
+__all__ = ["Factor", "Learn2PD", "Oracle", "Policy", "Random", "Threshold", "TopK", "names", "resolve"]
 
 _RULES: dict[str, type[Policy]] = {rule.name: rule for rule in (TopK, Random, Threshold, Factor, Learn2PD)}
 
@@ -51,7 +52,11 @@ def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str
 
 def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | None:
     """The policy as data that a kernel decides by; None if its own `score` and `select` must be called."""
-    own = type(policy).score is not Policy.score or type(policy).select is not RulePolicy.select
+    own = (
+        type(policy).score is not Policy.score
+        or type(policy).select is not RulePolicy.select
+        or type(policy).tokens is not Policy.tokens
+    )
     rule = None if own else policy.rule(block_length, device)
     return None if rule is None or rule.filter_length > MAX_FILTER else rule
 

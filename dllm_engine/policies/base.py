@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_engine.reference import RowStats
 from dllm_engine.rules import Rule, select
-from dllm_engine.state import BlockState
+from dllm_engine.state import BlockState, DecodeState
 
 
 class Policy:
@@ -30,6 +30,10 @@ class Policy:
         """Positions to commit beyond the quota, bool [B, S]; decided ones are ignored. Nothing by default."""
         return torch.zeros_like(state.undecided)
 
+    def tokens(self, stats: RowStats, state: BlockState) -> Tensor:
+        """What is committed where, int64 [B, S]; the predictions unless a rule says otherwise."""
+        return stats.token
+
     def rule(self, block_length: int, device: torch.device) -> Rule | None:
         """The rule as data, if a kernel can decide by it; None has `score` and `select` called after every pass."""
         return None
@@ -40,6 +44,9 @@ class Policy:
 
     def check(self, model: object, *, block_length: int, cache: str) -> None:
         """Raise ValueError before the first forward pass if the rule cannot run with these settings."""
+
+    def begin(self, state: DecodeState) -> None:
+        """Called once before the first forward pass of a decode: where a rule with a memory makes or checks it."""
 
     def __repr__(self) -> str:
         values = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

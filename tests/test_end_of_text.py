@@ -1,0 +1,96 @@
+"""End of text "predicted", against the rule spelled out on Python lists and float64."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from naive import log_sum_exp, logits_of
+
+from dllm_engine import LLaDA, decode, tasks
+from dllm_engine.policies import Threshold
+from dllm_engine.tokenizer import encode_prompt
+
+GEN, BLOCK, THRESHOLD, END = 32, 8, 0.9, 1
+
+
+def questions(model: LLaDA) -> list[list[int]]:
+    rng = random.Random(3)
+    return [
+        encode_prompt(model.tokenizer, tasks.generate(task, rng, longest=longest).prompt, chat=True)
+        for task in ("copy", "reverse", "insert_index", "remove_index", "shuffle")
+        for longest in (3, 4)
+    ]
+
+
+def spelled_out(model: LLaDA, prompt: list[int]) -> tuple[list[int], int, int]:
+    """Generated tokens, passes, and how often the text was cut ahead; no cache."""
+    p = len(prompt)
+    tokens, end = prompt + [model.mask_id] * GEN, p + GEN
+    open_ = set(range(p, end))
+    passes = cuts = 0
+    for start in range(p, p + GEN, BLOCK):
+        first = True
+        while any(start <= i < start + BLOCK for i in open_):
+            logits = logits_of(model, tokens[:end], p, 0.0)
+            passes += 1
+            best = {}
+            for i in open_:
+                x = logits[i].copy()
+                x[model.mask_id] = -np.inf
+                x[model.vocab_size :] = -np.inf
+                token = int(np.argmax(x))
+                best[i] = (float(np.exp(x[token] - log_sum_exp(logits[i]))), token)
+            here = [i for i in open_ if start <= i < start + BLOCK]
+            top = max(here, key=lambda i: best[i][0])
+            for i in here:
+                if best[i][0] >= THRESHOLD or i == top:
+                    tokens[i] = best[i][1]
+                    open_.discard(i)
+                    if tokens[i] == END:
+                        end = min(end, i + 1)
+            if first:
+                for e in range(start + BLOCK, end):
+                    if all(best[i][1] == END and best[i][0] >= 0.9 for i in range(e, end)):
+                        cuts += e + 1 < end
+                        end = e + 1
+                        tokens[e] = END
+                        open_.discard(e)
+                        break
+            for i in range(end, p + GEN):
+                tokens[i] = END
+                open_.discard(i)
+            first = False
+    return tokens[p:], passes, cuts
+
+
+def test_equals_the_rule_spelled_out(demo_model: LLaDA) -> None:
+    settings = {"gen_length": GEN, "block_length": BLOCK, "policy": Threshold(THRESHOLD), "end_of_text": "predicted"}
+    prompts = questions(demo_model)
+    batch = {cache: decode(demo_model, prompts, cache=cache, **settings) for cache in ("none", "prefix", "dual")}
+    cut = later = 0
+    for i, prompt in enumerate(prompts):
+        tokens, passes, cuts = spelled_out(demo_model, prompt)
+        assert batch["none"].sequences[i, -GEN:].tolist() == tokens, f"sequence {i}"
+        assert int(batch["none"].sequence_passes[i]) == passes
+        cut += cuts
+        later += END in tokens and tokens.index(END) >= BLOCK
+        for cache, together in batch.items():
+            alone = decode(demo_model, [prompt], cache=cache, **settings)
+            assert alone.sequences[0, -GEN:].tolist() == together.sequences[i, -GEN:].tolist()
+            assert alone.sequence_passes[0] == together.sequence_passes[i]
+    assert cut >= 5, "hardly any text is cut ahead: the test shows nothing"
+    assert later >= 5, "texts end in their first block"
+
+
+def test_a_cut_saves_passes_also_guided_or_drawn(demo_model: LLaDA) -> None:
+    settings = {"gen_length": 64, "block_length": BLOCK, "policy": "topk", "seed": 3}
+    for extra in ({}, {"cfg_scale": 0.5}, {"temperature": 0.4}):
+        passes = {}
+        for mode in ("off", "committed", "predicted"):
+            out = decode(demo_model, questions(demo_model), end_of_text=mode, **settings, **extra)
+            passes[mode] = int(out.sequence_passes.sum())
+            if mode != "off":
+                for ids, count in zip(out.sequences[:, -64:].tolist(), out.generated_tokens.tolist(), strict=True):
+                    assert ids[count:] == [END] * (64 - count)
+        assert passes["predicted"] < passes["committed"] < passes["off"]
