@@ -1,4 +1,4 @@
-"""The Learn2PD filter: a two-layer MLP over a block's confidences (arXiv 2509.25188), and its file."""
+"""Learn2PD filters (arXiv 2509.25188), the published kind and ours: which predictions are final? And their file."""
 
 from __future__ import annotations
 
@@ -11,54 +11,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm_engine import features
+
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
 FILTER_FILE = "filter.safetensors"
 DEFAULT_THRESHOLD = 0.96  # the published operating point
+KINDS = ("block", "position")
+HIDDEN = 48  # units of a "position" filter: 817 parameters
 _TENSORS = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
 _CONVENTIONS = ("model", "one")
 
 
 class LearnedFilter(nn.Module):
-    """block_length → block_length → ReLU → block_length, float32 logits of "this prediction is final".
+    """Two layers with a ReLU between that give the logit of "this prediction is final", float32.
+
+    ``"block"`` is the published filter (arXiv 2509.25188): the confidences of a block's positions in, a logit for each
+    out, block_length → block_length → block_length. ``"position"`` is ours: the same small net at every position, over
+    `features.NAMES`; it takes blocks of any length.
 
     Args:
-        block_length: positions it was trained on; shorter blocks are padded with 0.0, as published.
-        confidence_of_decided: what decided positions feed it: the ``"model"``'s confidence (as published) or ``"one"``.
+        block_length: positions it was trained on; a shorter block of the published kind is padded with 0.0.
+        kind: ``"block"`` or ``"position"``.
+        hidden: units of a ``"position"`` filter.
+        confidence_of_decided: what decided positions feed a ``"block"`` filter: the ``"model"``'s confidence (as
+            published) or ``"one"``. A ``"position"`` filter counts them as certain.
         threshold: operating point stored with the filter, or None.
         ids: mask id, end ids and vocabulary size of the model it was trained on; empty if unknown.
         cache: cache mode of its training traces, or None.
+        about: further facts stored in the file, JSON values: training data, validation figures.
     """
 
     def __init__(
         self,
         block_length: int = 32,
         *,
+        kind: str = "block",
+        hidden: int = HIDDEN,
         confidence_of_decided: str = "model",
         threshold: float | None = None,
         ids: dict[str, Any] | None = None,
         cache: str | None = None,
+        about: dict[str, Any] | None = None,
         forced: bool = False,
     ) -> None:
         super().__init__()
-        if confidence_of_decided not in _CONVENTIONS:
-            raise ValueError(
-                f"confidence_of_decided: {confidence_of_decided!r} given; {' or '.join(_CONVENTIONS)} allowed"
-            )
-        self.linear1 = nn.Linear(block_length, block_length)
-        self.linear2 = nn.Linear(block_length, block_length)
-        self.block_length, self.confidence_of_decided, self.threshold = block_length, confidence_of_decided, threshold
-        self.ids, self.cache, self.forced = dict(ids or {}), cache, forced
+        for name, value, allowed in (
+            ("kind", kind, KINDS),
+            ("confidence_of_decided", confidence_of_decided, _CONVENTIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: {value!r} given; {' or '.join(allowed)} allowed")
+        width, middle, out = (block_length,) * 3 if kind == "block" else (features.COUNT, hidden, 1)
+        self.linear1 = nn.Linear(width, middle)
+        self.linear2 = nn.Linear(middle, out)
+        self.kind, self.block_length, self.threshold = kind, block_length, threshold
+        self.confidence_of_decided = confidence_of_decided
+        self.ids, self.cache, self.about, self.forced = dict(ids or {}), cache, dict(about or {}), forced
 
-    def forward(self, confidence: Tensor) -> Tensor:
-        """Logits [B, S] from confidences float32 [B, S], S at most ``block_length``."""
-        width = confidence.shape[-1]
-        x = F.pad(confidence, (0, self.block_length - width))
-        return self.linear2(F.relu(self.linear1(x)))[..., :width]
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, S] from confidences float32 [B, S], S at most ``block_length``, or features [B, S, F]."""
+        if self.kind == "position":
+            return self.linear2(F.relu(self.linear1(x)))[..., 0]
+        width = x.shape[-1]
+        return self.linear2(F.relu(self.linear1(F.pad(x, (0, self.block_length - width)))))[..., :width]
 
     def packed(self) -> Tensor:
-        """float32 [2 F² + 2 F]: the tensors one after the other, as `rules.Rule` takes them."""
+        """float32 [parameters]: the tensors one after the other, as `rules.Rule` takes them."""
         return torch.cat([self.get_parameter(name).detach().float().flatten() for name in _TENSORS])
 
     def check(self, model: Any, *, block_length: int, cache: str) -> None:
@@ -70,7 +90,7 @@ class LearnedFilter(nn.Module):
         Warns:
             UserWarning: another cache mode than that of its training traces.
         """
-        if block_length > self.block_length:
+        if self.kind == "block" and block_length > self.block_length:
             raise ValueError(f"block_length: {block_length} given; this filter takes blocks up to {self.block_length}")
         current = model_ids(model)
         for key, value in self.ids.items():
@@ -91,12 +111,15 @@ class LearnedFilter(nn.Module):
             target.mkdir(parents=True, exist_ok=True)
             target = target / FILTER_FILE
         about = {
-            "format": "dllm-engine filter 1",
+            "format": "dllm-engine filter 2",
+            "kind": self.kind,
+            "features": list(features.NAMES) if self.kind == "position" else ["confidence"],
             "block_length": self.block_length,
             "confidence_of_decided": self.confidence_of_decided,
             "threshold": self.threshold,
             "ids": self.ids,
             "cache": self.cache,
+            "about": self.about,
         }
         tensors = {name: t.detach().float().cpu().contiguous() for name, t in self.state_dict().items()}
         save_file(tensors, target, metadata={"dllm_engine": json.dumps(about, sort_keys=True)})
@@ -122,15 +145,21 @@ class LearnedFilter(nn.Module):
                 f"filter: {file} does not say which model and block length it is for; force=True to use it"
             )
         about = about or {}
-        size = _size(tensors, file)
-        if about.get("block_length", size) != size:
+        kind = about.get("kind", "block")
+        size = _size(tensors, file, kind)
+        if kind == "position" and about.get("features") != list(features.NAMES):
+            raise ValueError(f"filter: {file} was trained on other features than this version computes; train it again")
+        if kind == "block" and about.get("block_length", size) != size:
             raise ValueError(f"filter: {file} says block_length {about['block_length']}, its tensors {size}")
         made = cls(
-            size,
+            size if kind == "block" else about["block_length"],
+            kind=kind,
+            hidden=size,
             confidence_of_decided=about.get("confidence_of_decided", "model"),
             threshold=about.get("threshold"),
             ids=about.get("ids"),
             cache=about.get("cache"),
+            about=about.get("about"),
             forced=force,
         )
         made.load_state_dict({name: tensors[name].float() for name in _TENSORS})
@@ -156,13 +185,16 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise ValueError(f"filter: {file} is not a safetensors file ({error})") from None
 
 
-def _size(tensors: dict[str, Tensor], file: Path) -> int:
+def _size(tensors: dict[str, Tensor], file: Path, kind: str) -> int:
+    """Units of the hidden layer; every tensor fits the kind and is finite."""
     missing = [name for name in _TENSORS if name not in tensors]
     if missing:
         raise ValueError(f"filter: {file} has no {missing[0]}; a two-layer Learn2PD filter is needed")
+    if kind not in KINDS:
+        raise ValueError(f"filter: {file} is of kind {kind!r}; known: {', '.join(KINDS)}")
     size = tensors["linear1.bias"].shape[0]
-    for name in _TENSORS:
-        shape = [size, size] if name.endswith("weight") else [size]
+    width, out = (size, size) if kind == "block" else (features.COUNT, 1)
+    for name, shape in zip(_TENSORS, ([size, width], [size], [out, size], [out]), strict=True):
         if list(tensors[name].shape) != shape:
             raise ValueError(f"filter: {file}: {name} has shape {list(tensors[name].shape)}, {shape} is needed")
         if not tensors[name].isfinite().all():

@@ -67,6 +67,7 @@ def decode_step_(
     sequences: Tensor,
     tokens: Tensor,
     undecided: Tensor,
+    predicted: Tensor,
     progress: Tensor,
     seeds: Tensor,
     quota: Tensor,

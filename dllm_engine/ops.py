@@ -24,9 +24,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "decode_step_(Tensor hidden, Tensor lm_head, Tensor sequences, Tensor(a!) tokens, Tensor(b!) undecided,"
-    " Tensor(c!) progress, Tensor seeds, Tensor quota, Tensor bounds, Tensor weights, Tensor(d!) stat_ids,"
-    " Tensor(e!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids, int prompt_length, int fill_id,"
-    " float temperature, int filter_length, float cut, bool decided_is_one, bool all_rows, str backend) -> ()"
+    " Tensor(c!) predicted, Tensor(d!) progress, Tensor seeds, Tensor quota, Tensor bounds, Tensor weights,"
+    " Tensor(e!) stat_ids, Tensor(f!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids, int prompt_length, int fill_id,"
+    " float temperature, int filter_length, float cut, bool decided_is_one, bool position, bool all_rows,"
+    " str backend) -> ()"
 )
 
 
@@ -133,9 +134,10 @@ def decode_step_(
     if len(rule.bounds) < width:
         raise ValueError(f"rule.bounds: {len(rule.bounds)} given; the block has {width} rows")
     size = rule.filter_length
-    _check(rule.weights, "rule.weights", torch.float32, device, (2 * size * size + 2 * size,))
-    if size and not width <= size <= MAX_FILTER:
-        raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {width} to {MAX_FILTER}")
+    _check(rule.weights, "rule.weights", torch.float32, device, (rule.parameters,))
+    least = 1 if rule.position else width
+    if size and not least <= size <= MAX_FILTER:
+        raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {least} to {MAX_FILTER}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
         raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read
     if end_ids is None:
@@ -150,6 +152,7 @@ def decode_step_(
         sequences.contiguous(),
         state.tokens,
         state.undecided,
+        state.predicted,
         state.progress,
         state.seeds,
         state.quota,
@@ -166,6 +169,7 @@ def decode_step_(
         size,
         rule.cut,
         rule.decided_is_one,
+        rule.position,
         rule.reads_decided,
         backends.resolve(backend, hidden, lm_head),
     )
@@ -239,6 +243,7 @@ def _run_decode_step_(
     sequences: Tensor,
     tokens: Tensor,
     undecided: Tensor,
+    predicted: Tensor,
     progress: Tensor,
     seeds: Tensor,
     quota: Tensor,
@@ -255,10 +260,11 @@ def _run_decode_step_(
     filter_length: int,
     cut: float,
     decided_is_one: bool,
+    position: bool,
     all_rows: bool,
     backend: str,
 ) -> None:
-    step = Step(prompt_length, fill_id, temperature, filter_length, cut, decided_is_one, all_rows)
+    step = Step(prompt_length, fill_id, temperature, filter_length, cut, decided_is_one, position, all_rows)
     if sequences.device.type == "cpu":
         _in_range(sequences, "sequences", len(tokens))
         if len(sequences.unique()) < len(sequences):
@@ -272,6 +278,7 @@ def _run_decode_step_(
         sequences,
         tokens,
         undecided,
+        predicted,
         progress,
         seeds,
         quota,

@@ -233,6 +233,7 @@ def commit_(
     rows, columns = block.sequences[:, None], block.columns
     state.tokens[rows, columns] = torch.where(chosen, tokens, state.tokens[rows, columns])
     state.undecided[rows, columns] = undecided & ~chosen
+    state.predicted[rows, columns] = torch.where(undecided, stats.token, block.predicted)
     first_failed = torch.where(failed, columns, state.length).amin(1)
     state.failed_at[block.sequences] = torch.minimum(state.failed_at[block.sequences], first_failed)
 

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm_engine import features
+
 if TYPE_CHECKING:
     from dllm_engine.reference import RowStats
     from dllm_engine.state import BlockState
 
 _INF = float("inf")
-MAX_FILTER = 128  # positions; kernels keep a filter's hidden layer on the chip
+MAX_FILTER = 128  # units; kernels keep a filter's hidden layer on the chip
 
 
 @dataclass(frozen=True)
@@ -29,29 +31,39 @@ class Rule:
     Attributes:
         bounds: float32 [block_length]: the n best by log-odds, n the largest whose n-th has log-odds ≥ bounds[n − 1].
             +inf throughout selects nothing (the static schedule), one value throughout is a threshold.
-        weights: float32 [2 F² + 2 F], a Learn2PD filter's matrix, bias, matrix, bias one after the other; empty if
-            `bounds` decide. A position is selected if its output is above ``cut`` (a float32; the filter itself is
-            computed in float64).
-        decided_is_one: feed the filter 1.0 for decided positions, not their confidence.
+        weights: float32, a Learn2PD filter's matrix, bias, matrix, bias one after the other; empty if `bounds` decide.
+            A position is selected if its output is above ``cut`` (a float32; the filter itself is computed in
+            float64). The published kind takes a block's confidences: [2 F² + 2 F].
+        decided_is_one: feed the published kind 1.0 for decided positions, not their confidence.
+        position: the filter is the same at every position and takes `features.NAMES`: [(F + 2) units + 1].
     """
 
     bounds: Tensor
     weights: Tensor
     cut: float = _INF
     decided_is_one: bool = False
+    position: bool = False
 
     @property
     def filter_length(self) -> int:
-        """F, 0 without a filter."""
+        """Units of the hidden layer (of the published kind: positions too), 0 without a filter."""
+        if self.position:
+            return (len(self.weights) - 1) // (features.COUNT + 2)
         return int((len(self.weights) / 2 + 0.25) ** 0.5)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in ``weights`` that a filter of this length has."""
+        size = self.filter_length
+        return (features.COUNT + 2) * size + 1 if self.position else 2 * size * size + 2 * size
 
     @property
     def reads_decided(self) -> bool:
         """Whether the statistics of decided positions matter."""
-        return len(self.weights) > 0 and not self.decided_is_one
+        return len(self.weights) > 0 and not self.decided_is_one and not self.position
 
     def to(self, device: torch.device) -> Rule:
-        return Rule(self.bounds.to(device), self.weights.to(device), self.cut, self.decided_is_one)
+        return Rule(self.bounds.to(device), self.weights.to(device), self.cut, self.decided_is_one, self.position)
 
 
 class Step(NamedTuple):
@@ -63,6 +75,7 @@ class Step(NamedTuple):
     filter_length: int
     cut: float
     decided_is_one: bool
+    position: bool
     all_rows: bool
 
 
@@ -71,11 +84,13 @@ def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:
     return Rule(_log_odds_bounds(confidences).to(device), torch.empty(0, device=device))
 
 
-def by_filter(weights: Tensor, threshold: float, block_length: int, decided_is_one: bool) -> Rule:
+def by_filter(
+    weights: Tensor, threshold: float, block_length: int, *, decided_is_one: bool = False, position: bool = False
+) -> Rule:
     """Rule ``sigmoid(filter) > threshold``."""
     cut = torch.logit(torch.tensor(threshold, dtype=torch.float64)).float().item()
     never = torch.full((block_length,), _INF, device=weights.device)
-    return Rule(never, weights, cut, decided_is_one)
+    return Rule(never, weights, cut, decided_is_one, position)
 
 
 @cache
@@ -99,14 +114,20 @@ def select(rule: Rule, stats: RowStats, block: BlockState) -> Tensor:
         fits = (stats.log_odds.gather(1, order) >= rule.bounds[:width]) & undecided.gather(1, order)
         return undecided & (order.argsort(dim=1) < torch.where(fits, n, 0).amax(1, keepdim=True))
     size = rule.filter_length
-    w1, b1, w2, b2 = rule.weights.double().split((size * size, size, size * size, size))
-    confidence = stats.log_odds.double().sigmoid().float()
-    if rule.decided_is_one:
-        confidence = confidence.masked_fill(~undecided, 1.0)
-    confidence = confidence.masked_fill(~block.active, 0.0)
-    x = F.pad(confidence.double(), (0, size - width))
-    x = F.linear(F.relu(F.linear(x, w1.view(size, size), b1)), w2.view(size, size), b2)
-    return undecided & (x[:, :width] > rule.cut)
+    if rule.position:
+        inputs, outputs = features.COUNT, 1
+        margin = stats.logit - stats.second_logit
+        stable = stats.token == block.predicted
+        x = features.position_features(stats.log_odds, margin, stats.entropy, undecided, stable).double()
+    else:
+        inputs = outputs = size
+        confidence = stats.log_odds.double().sigmoid().float()
+        if rule.decided_is_one:
+            confidence = confidence.masked_fill(~undecided, 1.0)
+        x = F.pad(confidence.masked_fill(~block.active, 0.0).double(), (0, size - width))
+    w1, b1, w2, b2 = rule.weights.double().split((size * inputs, size, outputs * size, outputs))
+    x = F.linear(F.relu(F.linear(x, w1.view(size, inputs), b1)), w2.view(outputs, size), b2)
+    return undecided & ((x[..., 0] if rule.position else x[:, :width]) > rule.cut)
 
 
 def ranking(score: Tensor, undecided: Tensor) -> Tensor:

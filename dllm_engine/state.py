@@ -16,6 +16,7 @@ class BlockState:
     Attributes:
         sequences: int64 [B'], batch indices. columns: int64 [B', S], canvas-absolute.
         undecided: bool [B', S], may be committed. active: bool [B', S], False from ``active_end`` on.
+        predicted: int64 [B', S], what the step before predicted there; −1 before a block's first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
     """
@@ -24,6 +25,7 @@ class BlockState:
     columns: Tensor
     undecided: Tensor
     active: Tensor
+    predicted: Tensor
     quota: Tensor
     noise_keys: Tensor
 
@@ -37,7 +39,8 @@ class DecodeState:
     """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.
 
     Attributes:
-        tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L].
+        tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L]. predicted: int64 [B, L], the
+            last prediction of each column that was undecided in a call, −1 before.
         padding: int64 [B], left-padding columns. seeds: int64 [B]. quota: int64 [block_length], per step of a block.
         progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
             block_start; active_end, first column after the end of the text; step_in_block, 0 exactly when a block
@@ -70,6 +73,7 @@ class DecodeState:
         canvas = torch.full((batch, gen_length), mask_id, dtype=torch.int64, device=device)
         self.tokens = torch.cat((prompt, canvas), dim=1)
         self.undecided = (torch.arange(self.length, device=device) >= self.prompt_length).expand(batch, -1).clone()
+        self.predicted = torch.full_like(self.tokens, -1)
         self.padding = padding
         start = [self.prompt_length, self.length, 0, self.length, 0, gen_length]
         self.progress = torch.tensor([start] * batch, device=device)
@@ -78,17 +82,19 @@ class DecodeState:
 
     @classmethod
     def of(
-        cls, tokens: Tensor, undecided: Tensor, progress: Tensor, seeds: Tensor, quota: Tensor, **sizes: int
+        cls,
+        tokens: Tensor,
+        undecided: Tensor,
+        predicted: Tensor,
+        progress: Tensor,
+        seeds: Tensor,
+        quota: Tensor,
+        **sizes: int,
     ) -> DecodeState:
         """The state that shares these tensors; ``sizes``: prompt_length, fill_id. It has no padding."""
         state = cls.__new__(cls)
-        state.tokens, state.undecided, state.progress, state.seeds, state.quota = (
-            tokens,
-            undecided,
-            progress,
-            seeds,
-            quota,
-        )
+        state.tokens, state.undecided, state.predicted = tokens, undecided, predicted
+        state.progress, state.seeds, state.quota = progress, seeds, quota
         (state.batch, state.length), state.block_length = tokens.shape, len(quota)
         state.prompt_length, state.fill_id = sizes["prompt_length"], sizes["fill_id"]
         return state
@@ -102,6 +108,7 @@ class DecodeState:
             columns=columns,
             undecided=self.undecided[sequences[:, None], columns],
             active=columns < self.active_end[sequences, None],
+            predicted=self.predicted[sequences[:, None], columns],
             quota=self.quota[self.step_in_block[sequences]],
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),
         )

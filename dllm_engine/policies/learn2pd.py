@@ -1,4 +1,4 @@
-"""Learn2PD (arXiv 2509.25188): a small filter looks at a block's confidences and says which predictions are final."""
+"""Learn2PD (arXiv 2509.25188): a small filter looks at a block's statistics and says which predictions are final."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dllm_engine.rules import Rule, by_filter
 
 
 class Learn2PD(RulePolicy):
-    """Commit undecided positions whose ``sigmoid(filter(confidences of the block)) > threshold``.
+    """Commit undecided positions whose ``sigmoid(filter(statistics of the block)) > threshold``.
 
     Args:
         filter: a `LearnedFilter`, or the path of one.
@@ -29,11 +29,16 @@ class Learn2PD(RulePolicy):
 
     @property
     def reads_decided(self) -> bool:  # type: ignore[override]
-        return self.filter.confidence_of_decided == "model"
+        return self.filter.kind == "block" and self.filter.confidence_of_decided == "model"
 
     def rule(self, block_length: int, device: torch.device) -> Rule:
-        weights = self.filter.packed().to(device)
-        return by_filter(weights, self.threshold, block_length, self.filter.confidence_of_decided == "one")
+        return by_filter(
+            self.filter.packed().to(device),
+            self.threshold,
+            block_length,
+            decided_is_one=self.filter.confidence_of_decided == "one",
+            position=self.filter.kind == "position",
+        )
 
     def check(self, model: object, *, block_length: int, cache: str) -> None:
         self.filter.check(model, block_length=block_length, cache=cache)
