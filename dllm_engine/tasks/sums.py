@@ -1,7 +1,8 @@
 """Worded sums: additions, subtractions and (at larger sizes) multiplications told as a story, answered step by step.
 
 The working mixes what real text mixes: copied words, interchangeable phrasings whose words belong together, and carried
-results that only the step before gives. Phrasings of a sentence have the same number of tokens.
+results that only the step before gives. Phrasings of a sentence have the same number of tokens, and so have the sentences
+that tell of a step and work it out: the small demo model finds the number by its distance.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ from typing import Any
 from dllm_engine.tasks.names import FIRST
 
 _THINGS = "apples marbles coins pencils stickers books boxes".split()
-_OPENING = ("{who} has {n} {things}.", "{who} starts with {n} {things}.")
+_OPENING = ("{who} has {n} {things} now.", "{who} starts with {n} {things}.")
 _TOLD = {
-    "+": ("then {who} buys {k} more.", "then {who} finds {k} more.", "then {who} gets {k} more."),
-    "-": ("then {who} loses {k}.", "then {who} sells {k}.", "then {who} gives away {k}."),
+    "+": (
+        "then {who} buys {k} more {things}.",
+        "then {who} finds {k} more {things}.",
+        "then {who} gets {k} more {things}.",
+    ),
+    "-": (
+        "then {who} gives {k} {things} away.",
+        "then {who} takes {k} {things} away.",
+        "then {who} gives {k} {things} back.",
+    ),
     "*": ("then {who} has {k} times this.",),
 }
-_QUESTION = ("how many {things} are left?", "how many {things} has {who} now?")
+_QUESTION = ("how many {things} are left?", "how many {things} has {who}?")
 _FIRST_SENTENCE = ("{who} starts with {n} {things}.", "first {who} has {n} {things}.", "now {who} has {n} {things}.")
 _WORKED = {
     "+": ("then {a} + {k} = {b}.", "next {a} + {k} = {b}.", "so {a} plus {k} is {b}.", "{a} plus {k} more makes {b}."),
@@ -51,7 +60,7 @@ def make(rng: random.Random, steps: int, largest: int, multiply: bool) -> tuple[
         else:
             k = rng.randint(1, value)
             result = value - k
-        told.append(rng.choice(_TOLD[sign]).format(who=who, k=k))
+        told.append(rng.choice(_TOLD[sign]).format(who=who, k=k, things=things))
         worked.append(rng.choice(_WORKED[sign]).format(a=value, k=k, b=result))
         value = result
     told.append(rng.choice(_QUESTION).format(who=who, things=things))
