@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ from rich.table import Table
 
 from dllm_engine import tasks
 from dllm_engine.decode import decode
+from dllm_engine.evaluate import wilson
 from dllm_engine.model import LLaDA
+from dllm_engine.samples import canvas_for, read_parallelbench
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -68,13 +69,6 @@ class Tally:
         ]
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson score interval of a share."""
-    p, zz = right / total, z * z / total
-    centre, half = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / total + zz / (4 * total)) / (1 + zz)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def measure(model: LLaDA, samples: Sequence[tasks.Sample], way: Way, gen_length: int) -> Tally:
     """One decode of ``samples`` as a batch."""
     import torch
@@ -93,12 +87,6 @@ def measure(model: LLaDA, samples: Sequence[tasks.Sample], way: Way, gen_length:
         tokens=int(out.generated_tokens.sum()),
         seconds=seconds,
     )
-
-
-def canvas_for(model: LLaDA, samples: Sequence[tasks.Sample]) -> int:
-    """Smallest multiple of the block length that fits the longest answer and its end token."""
-    longest = max(len(model.tokenizer(sample.answer)["input_ids"]) for sample in samples)
-    return BLOCK * (longest // BLOCK + 1)
 
 
 def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -> None:
@@ -192,26 +180,6 @@ def run_data(
         print(json.dumps(records, indent=1))
     else:
         console.print(table)
-
-
-def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sample]:
-    """Samples of a published file.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
-    """
-    task = tasks.task_of_file(file)
-    samples: list[tasks.Sample] = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip() and (limit is None or len(samples) < limit):
-                try:
-                    samples.append(tasks.from_parallelbench(json.loads(line), task))
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from None
-    if not samples:
-        raise ValueError(f"{file}: no item in it")
-    return samples
 
 
 def trained_tasks(model: LLaDA) -> list[str]:

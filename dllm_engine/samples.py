@@ -1,0 +1,116 @@
+"""Questions from files: rows of prompts, plain rows with an answer, and ParallelBench's published files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_engine import tasks
+
+if TYPE_CHECKING:
+    from dllm_engine.model import LLaDA
+
+EXACT = "exact match"  # the task of plain rows; a chat stands in the sample's about["messages"]
+
+
+def is_right(sample: tasks.Sample, text: str) -> bool:
+    """By the task's own scorer; of an `EXACT` sample the stripped text must be the stripped answer."""
+    return text.strip() == sample.answer.strip() if sample.task == EXACT else tasks.score(sample, text)
+
+
+def longest_answer(model: LLaDA, samples: Sequence[tasks.Sample]) -> int:
+    """Tokens of the longest answer, without its end token."""
+    return max(len(model.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) for sample in samples)
+
+
+def canvas_for(model: LLaDA, samples: Sequence[tasks.Sample], block_length: int = 32) -> int:
+    """Smallest multiple of the block length that fits the longest answer and its end token."""
+    return block_length * (longest_answer(model, samples) // block_length + 1)
+
+
+def prompt_rows(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
+    """Rows ``{"prompt": str}`` or ``{"messages": [{"role", "content"}, …]}``, each with whatever else it holds.
+
+    Raises:
+        ValueError: another row; says where, ``name`` being that of the file.
+    """
+    for number, row in _numbered(lines, name):
+        yield _with_prompt(row, name, number)
+
+
+def read_samples(file: Path, limit: int | None = None) -> list[tasks.Sample]:
+    """Samples of a published file (rows with "input") or of plain rows (a prompt and an "answer"), the first ``limit``.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
+    """
+    return _read(file, limit, lambda row, *where: (_published if "input" in row else _plain)(row, *where))
+
+
+def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sample]:
+    """Samples of a published file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
+    """
+    tasks.task_of_file(file)
+    return _read(file, limit, _published)
+
+
+def _read(
+    file: Path, limit: int | None, sample: Callable[[dict[str, Any], Path, int], tasks.Sample]
+) -> list[tasks.Sample]:
+    with open(file, encoding="utf-8") as lines:
+        samples = [sample(row, file, number) for number, row in islice(_numbered(lines, str(file)), limit)]
+    if not samples:
+        raise ValueError(f"{file}: no item in it")
+    return samples
+
+
+def _published(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
+    try:
+        return tasks.from_parallelbench(row, tasks.task_of_file(file))
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}: {error}") from None
+
+
+def _plain(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
+    row = _with_prompt(row, str(file), number)
+    if not isinstance(row.get("answer"), str):
+        raise ValueError(f'{file}, line {number}: no "answer": a text that the model\'s must equal is needed')
+    messages = row.get("messages")
+    about = {"messages": messages} if messages else {}
+    return tasks.Sample(EXACT, messages[-1]["content"] if messages else row["prompt"], row["answer"], about)
+
+
+def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
+        yield number, row
+
+
+def _with_prompt(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+    if "messages" in row:
+        messages = row["messages"]
+        valid = isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+    else:
+        valid = isinstance(row.get("prompt"), str)
+    if not valid:
+        raise ValueError(
+            f'{name}, line {number}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed'
+        )
+    return row
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
