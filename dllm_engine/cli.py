@@ -8,10 +8,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_engine import cli_eval
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ _EXAMPLES = """examples:
   dllm-engine demo
   dllm-engine generate --prompt "Reverse: 0 Adam Fox, 1 Emma Reed, 2 Jack Cole" --watch
   dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
-  dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl"""
+  dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl
+  dllm-engine eval --policy topk threshold=0.9 factor=1.0 --cache none dual
+  dllm-engine eval --sweep --plot frontier --output frontier"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, passes")
     generate.add_argument("--watch", action="store_true", help="draw the denoising live, one prompt at a time")
 
+    evaluate = command("eval", _eval, "Accuracy, forward passes and speed of several settings side by side.")
+    _add_model_options(evaluate)
+    cli_eval.add_arguments(evaluate)
+
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -113,7 +120,8 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default="auto",
         metavar="NAME[=VALUE]",
-        help="auto, topk, random, threshold[=0.9], factor[=1.0] or learn2pd[=FILTER FILE] (%(default)s)",
+        help="auto, topk[=TOKENS A STEP], random, threshold[=0.9], factor[=1.0] or learn2pd[=FILTER FILE][@THRESHOLD]"
+        " (%(default)s)",
     )
     group.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
     group.add_argument(
@@ -135,6 +143,7 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dllm_engine.policy_text import PolicyText
     from dllm_engine.tokenizer import encode_prompt
 
     if args.batch_size < 1:
@@ -142,8 +151,10 @@ def _generate(args: argparse.Namespace) -> None:
     if args.watch and args.json:
         raise ValueError("--watch: cannot be joined with --json; one of them must go")
     rows = _rows(args)
-    policy = _policy(args.policy)
+    policy = PolicyText.parse(args.policy)
+    args.steps = policy.steps(args.gen_length, args.steps)
     model = _model(args)
+    rule = policy.make(model)
     chat = args.chat if args.chat is not None else args.model is None
     prompts = []
     for i, row in enumerate(rows):
@@ -156,7 +167,7 @@ def _generate(args: argparse.Namespace) -> None:
     with bar:
         for first in range(0, len(rows), size):
             last = min(first + size, len(rows))
-            _answer(args, model, policy, rows[first:last], prompts[first:last], first)
+            _answer(args, model, rule, rows[first:last], prompts[first:last], first)
             if len(rows) > size and not args.watch:
                 bar.update(last - first)
 
@@ -215,66 +226,20 @@ def _answer(
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts as rows with "prompt" or "messages"."""
+    from dllm_engine.samples import prompt_rows
+
     if args.prompt is not None:
         return [{"prompt": prompt} for prompt in args.prompt]
     if args.prompts is not None:
         name = "stdin" if args.prompts == "-" else args.prompts
         with contextlib.nullcontext(sys.stdin) if args.prompts == "-" else open(args.prompts, encoding="utf-8") as file:
-            rows = list(_jsonl(file, name))
+            rows = list(prompt_rows(file, name))
         if not rows:
             raise ValueError(f"--prompts: {name} holds no row")
         return rows
     if sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on stdin")
     return [{"prompt": sys.stdin.read().strip()}]
-
-
-def _jsonl(lines: Any, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not _is_prompt(row):
-            raise ValueError(
-                f'{name}, line {number}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed'
-            )
-        yield row
-
-
-def _is_prompt(row: dict[str, Any]) -> bool:
-    if "messages" in row:
-        messages = row["messages"]
-        return (
-            bool(messages)
-            and isinstance(messages, list)
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        )
-    return isinstance(row.get("prompt"), str)
-
-
-def _policy(text: str) -> Policy | str:
-    """``threshold=0.95`` → Threshold(0.95); a bare name stays a name."""
-    from dllm_engine import policies
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        return name
-    if name == "learn2pd":
-        return policies.Learn2PD(value)
-    rules: dict[str, Callable[[float], Policy]] = {"threshold": policies.Threshold, "factor": policies.Factor}
-    if name not in rules:
-        raise ValueError(f"--policy: {text!r} given; only {', '.join(rules)} and learn2pd take a value")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"--policy: {value!r} given for {name}; a number is needed") from None
-    return rules[name](number)
 
 
 def _model(args: argparse.Namespace) -> LLaDA:
@@ -286,7 +251,7 @@ def _model(args: argparse.Namespace) -> LLaDA:
     return LLaDA.from_pretrained(args.model, device=args.device, dtype=args.dtype)
 
 
-# -- demo and info ----------------------------------------------------------------------------------------------------
+# -- demo, eval and info -----------------------------------------------------------------------------------------------
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -306,6 +271,10 @@ def _demo(args: argparse.Namespace) -> None:
         run_data(model, console, args.data, args.limit, args.batch_size, args.json)
     else:
         run_demo(model, console, args.seed, args.json)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    cli_eval.run(args, lambda: _model(args))
 
 
 def _info(args: argparse.Namespace) -> None:
