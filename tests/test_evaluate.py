@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dllm_engine import LearnedFilter, LLaDA, cli, evaluate, samples, tasks
+from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, evaluate, samples, tasks
 from dllm_engine.decode import decode
 from dllm_engine.evaluate import Row, Setting
 from dllm_engine.policy_text import PolicyText
@@ -43,12 +44,14 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: float = math.inf) -> None:
         self.made: list[tuple[str, int]] = []
+        self.caches: set[str] = set()
         self.stop = stop
         monkeypatch.setattr(evaluate, "decode", self)
 
     def __call__(self, model: LLaDA, prompts: Any, **options: Any) -> Any:
         if len(self.made) >= self.stop:
             raise KeyboardInterrupt
+        self.caches.add(options["cache"])
         self.made.append((getattr(options["policy"], "name", options["policy"]), len(prompts)))
         return decode(model, prompts, **options)
 
@@ -160,8 +163,17 @@ def test_settings_take_turns(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch)
     assert timeless(rows[1]) == timeless(evaluate.run(demo_model, fresh(5), FAST))
 
 
+def test_a_row_has_its_share_of_the_seconds_of_its_batch(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    rows = evaluate.run(demo_model, fresh(5), FAST, batch_size=4)
+    assert [row.seconds for row in rows] == [0.25] * 4 + [1.0]
+
+
 @pytest.mark.parametrize("cache", ["none", "dual"])
-def test_the_oracle_gives_the_answers_of_one_token_per_step_in_no_more_passes(demo_model: LLaDA, cache: str) -> None:
+def test_the_oracle_gives_the_answers_of_one_token_per_step_in_no_more_passes(
+    demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
     questions, setting = fresh(6), replace(TOPK, cache=cache)
     topk, oracle = evaluate.run_all(
         demo_model, questions, [setting, replace(setting, policy_text="oracle")], batch_size=4
@@ -169,6 +181,10 @@ def test_the_oracle_gives_the_answers_of_one_token_per_step_in_no_more_passes(de
     assert [row.text for row in oracle] == [row.text for row in topk]
     assert all(a.passes <= b.passes for a, b in zip(oracle, topk, strict=True))
     assert sum(row.passes for row in oracle) < sum(row.passes for row in topk)
+    calls = Calls(monkeypatch)
+    alone = evaluate.run(demo_model, questions, replace(setting, policy_text="oracle"), batch_size=4)
+    assert timeless(alone) == timeless(oracle)
+    assert calls.caches == {cache}
 
 
 def test_the_oracle_reuses_answers_of_its_batch_only(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,9 +309,12 @@ def test_resuming_decodes_only_what_is_missing(command: Command, monkeypatch: py
     assert command(*arguments, "--output", "parts")[0] == 130
     kept = rows("parts")
     assert sorted(map(len, kept.values())) == [2, 4]
-    short = next(Path("parts", name) for name, own in kept.items() if len(own) == 4)
-    with short.open("a", encoding="utf-8") as file:
-        file.write('{"index": 4, "task"')  # killed while writing
+    for name, own in kept.items():
+        with Path("parts", name).open("a", encoding="utf-8") as file:
+            if len(own) == 4:
+                file.write(json.dumps(own[3] | {"index": 4}) + '\n{"index": 5, "task"')  # killed while writing
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in own)  # rows again, as two runs at once would leave
     calls = Calls(monkeypatch)
     status, resumed, err = command(*arguments, "--output", "parts")
     assert "resuming: 3 of 6 batches are in parts" in err
@@ -355,6 +374,20 @@ def test_sweep(command: Command) -> None:
         "oracle": [None],
     }
     assert [r["cache"] for r in records] == ["dual"] * 22 + ["none"] * 22
+
+
+@pytest.mark.parametrize("ships", [True, False])
+def test_a_sweep_has_the_models_own_filter(ships: bool, tmp_path: Path) -> None:
+    if ships:
+        LearnedFilter(32).save_pretrained(tmp_path)
+
+    class Model:
+        path = tmp_path
+
+    texts = cli_eval._sweep(argparse.Namespace(block_length=12), Model(), {})  # type: ignore[arg-type]
+    assert [text for text in texts if text.startswith("topk")] == ["topk=1", "topk=2", "topk=4"]  # 8 does not divide 12
+    assert sum(text.startswith("learn2pd@") for text in texts) == (6 if ships else 0)
+    assert texts[-1] == "oracle"
 
 
 def test_a_missing_matplotlib_is_told_before_decoding(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
