@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -118,10 +119,13 @@ def _label(axis: Any, lines: dict[str, list[dict[str, Any]]], colours: dict[str,
             left = x - width / 2 + right * (width / 2 + 8 * pixel)
             bottom = y - height / 2 + up * (height / 2 + 7 * pixel)
             box = (left, bottom, left + width, bottom + height)
+            middle = (left + width / 2, bottom + height / 2)
+            if min(spots, key=lambda s: math.dist(s[:2], middle))[:2] != (x, y):
+                continue  # a reader would take it for another point's
             fits = inside.x0 < box[0] and box[2] < inside.x1 and inside.y0 < box[1] and box[3] < inside.y1
             if fits and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
                 taken.append(box)
-                spot = axis.transData.inverted().transform((left + width / 2, bottom + height / 2))
+                spot = axis.transData.inverted().transform(middle)
                 axis.text(*spot, text, fontsize=8, color=colour, ha="center", va="center")
                 break
 
