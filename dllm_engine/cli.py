@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval
+from dllm_engine import cli_eval, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "Accuracy, forward passes and speed of several settings side by side.")
     _add_model_options(evaluate)
     cli_eval.add_arguments(evaluate)
+
+    train = command("train-filter", _train_filter, "Train a Learn2PD filter on a model's own decodes.")
+    _add_model_options(train)
+    cli_train.add_arguments(train)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
@@ -275,6 +279,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     cli_eval.run(args, lambda: _model(args))
+
+
+def _train_filter(args: argparse.Namespace) -> None:
+    cli_train.run(args, lambda: _model(args))
 
 
 def _info(args: argparse.Namespace) -> None:

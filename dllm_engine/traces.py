@@ -1,0 +1,139 @@
+"""Traces to train a filter on: a model's own decodes, replayed, with what was already right at each step.
+
+Learn2PD (arXiv 2509.25188): decode a prompt one token per step to get the answer; decode it again committing just the
+predictions that already equal it (`policies.Oracle`); record what each step saw and which predictions were final.
+Both decodes are `decode()` itself, so a filter is trained on the numbers that it will meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_engine.decode import decode
+from dllm_engine.model import LLaDA
+from dllm_engine.policies import Oracle
+from dllm_engine.reference import RowStats
+from dllm_engine.state import BlockState
+
+INDEX_FILE = "traces.json"
+FIELDS = ("log_odds", "margin", "entropy")  # float32; then the booleans and the prompt
+FLAGS = ("undecided", "active", "stable", "final")
+
+
+class Recorder(Oracle):
+    """The oracle, writing down every step: a decode of it is a trace."""
+
+    name = "recorder"
+    reads_decided = True  # the published filter sees the confidences of decided positions
+
+    def __init__(self, answer: Tensor, block_length: int) -> None:
+        super().__init__(answer)
+        self._block_length, self._steps = block_length, list[dict[str, Tensor]]()
+
+    def select(self, stats: RowStats, state: BlockState) -> Tensor:
+        final = super().select(stats, state)
+        step = {
+            "log_odds": stats.log_odds,
+            "margin": stats.logit - stats.second_logit,
+            "entropy": stats.entropy,
+            "undecided": state.undecided,
+            "active": state.active,
+            "stable": stats.token == state.predicted,
+            "final": final,
+        }
+        missing = self._block_length - final.shape[1]  # a ragged batch's last blocks
+        padded = {name: torch.nn.functional.pad(value, (0, missing)) for name, value in step.items()}
+        self._steps.append(padded | {"prompt": state.sequences})
+        return final
+
+    def score(self, stats: RowStats, state: BlockState) -> Tensor:
+        final = super().select(stats, state)  # not recorded a second time
+        return torch.where(final, float("inf"), stats.log_odds)
+
+    def steps(self) -> dict[str, Tensor]:
+        """What was recorded: fields [N, block_length], ``prompt`` int64 [N] (row of the batch)."""
+        return {name: torch.cat([step[name] for step in self._steps]).cpu() for name in self._steps[0]}
+
+
+def collect(
+    model: LLaDA,
+    prompts: Sequence[Sequence[int]],
+    directory: str | Path,
+    *,
+    gen_length: int,
+    block_length: int = 32,
+    cache: str = "dual",
+    end_of_text: str = "committed",
+    batch_size: int = 32,
+    backend: str = "auto",
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Record the traces of ``prompts`` (lists of ids) into ``directory``; what is there already is not made again.
+
+    Returns:
+        Tensors over all steps: `FIELDS` float32 and `FLAGS` bool [N, block_length], ``prompt`` int64 [N].
+
+    Raises:
+        ValueError: the directory holds traces of another model, prompts or settings.
+    """
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "gen_length": gen_length, "block_length": block_length, "cache": cache, "end_of_text": end_of_text,
+        "batch_size": batch_size,
+    }  # fmt: skip
+    index = {"format": "dllm-engine traces 1", "settings": settings, "prompts": len(prompts)}
+    index |= {"prompts_sha256": _digest(prompts), "model_sha256": fingerprint(model)}
+    _claim(folder / INDEX_FILE, index)
+    shards = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="traces", unit="batch", disable=not progress or None):
+        file = folder / f"traces-{first // batch_size:05d}.safetensors"
+        if not file.exists():
+            batch = [list(p) for p in prompts[first : first + batch_size]]
+            options: dict[str, Any] = {**settings, "backend": backend, "seed": 0}
+            del options["batch_size"]
+            answer = decode(model, batch, policy="topk", **options).sequences[:, -gen_length:]
+            recorder = Recorder(answer, block_length)
+            decode(model, batch, policy=recorder, **options)
+            steps = recorder.steps()
+            steps["prompt"] += first
+            save_file(steps, file.with_suffix(".new"))  # an interruption leaves no half shard
+            file.with_suffix(".new").replace(file)
+        shards.append(load_file(file))
+    return {name: torch.cat([shard[name] for shard in shards]) for name in (*FIELDS, *FLAGS, "prompt")}
+
+
+def fingerprint(model: LLaDA) -> str:
+    """Digest of a model's sizes, ids and weights (of each tensor its sum and its first numbers)."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, p in model.named_parameters():
+        numbers = torch.cat((p.detach().double().sum()[None], p.detach().flatten()[:64].double()))
+        digest.update(name.encode() + numbers.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(prompts: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
+
+
+def _claim(file: Path, index: dict[str, Any]) -> None:
+    """Write the directory's index, or see that it is the same."""
+    if not file.exists():
+        file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        return
+    held = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in index.items():
+        if held.get(key) != value:
+            raise ValueError(
+                f"traces: {file} was made with {key} {held.get(key)}, now {value}; give another directory or remove it"
+            )

@@ -1,0 +1,263 @@
+"""From prompts to a filter: traces, training, threshold, command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from test_weights import save
+
+from dllm_engine import LearnedFilter, LLaDA, cli, decode, features, traces, train_filter
+from dllm_engine.policies import Learn2PD
+from dllm_engine.reference import RowStats
+from dllm_engine.state import BlockState
+
+PROMPTS = [[7, 3, 22, 41], [12], [9, 8, 7], [5, 5], [30, 31, 32]]
+SETTINGS: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": "dual", "end_of_text": "off"}
+
+
+def collect(model: LLaDA, directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    return traces.collect(model, PROMPTS, directory, batch_size=2, progress=False, **(SETTINGS | changes))
+
+
+def test_a_trace_is_the_model_s_own_decode_replayed(tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    found = collect(model, tmp_path, cache="none")
+    prompt = PROMPTS[0]
+    answer = decode(model, [prompt], policy="topk", **(SETTINGS | {"cache": "none"})).sequences[0, len(prompt) :]
+    canvas, step = [*prompt, *[model.mask_id] * 16], 0
+    rows = {name: value[found["prompt"] == 0] for name, value in found.items()}
+    for block in (0, 8):
+        undecided = set(range(8))
+        predicted: dict[int, int] = {}
+        while undecided:
+            with torch.inference_mode():
+                logits = model(torch.tensor([canvas]))[0, len(prompt) + block :][:8].double().numpy()
+            logits[:, model.mask_id] = -np.inf
+            logits[:, model.vocab_size :] = -np.inf
+            best, second = np.sort(logits, axis=1)[:, -1], np.sort(logits, axis=1)[:, -2]
+            token = logits.argmax(1)
+            for i in range(8):
+                assert rows["undecided"][step, i].item() == (i in undecided)
+                assert rows["final"][step, i].item() == (token[i] == int(answer[block + i]))
+                if i in undecided:
+                    assert rows["margin"][step, i].item() == pytest.approx(best[i] - second[i], abs=1e-3)
+                    assert rows["stable"][step, i].item() == (predicted.get(i) == token[i])
+            right = {i for i in undecided if token[i] == int(answer[block + i])}
+            if not right:
+                right = {max(undecided, key=lambda i: rows["log_odds"][step, i].item())}
+            for i in right:
+                canvas[len(prompt) + block + i] = int(answer[block + i])
+            predicted = {i: int(token[i]) for i in undecided}
+            undecided -= right
+            step += 1
+    assert step == len(rows["final"])
+
+
+def test_an_interrupted_collection_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(seed=5)
+    whole = collect(model, tmp_path / "whole")
+    calls = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decode(*args, **options)
+
+    monkeypatch.setattr(traces, "decode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, tmp_path / "part")
+    calls[3:] = [()] * 5
+    again = collect(model, tmp_path / "part")
+    assert len(calls) == 3 + 5 + 4  # two of three batches were missing, two decodes each
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    collect(model, tmp_path / "part")
+    assert len(calls) == 3 + 5 + 4
+
+
+def test_traces_of_something_else_are_refused(tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    collect(model, tmp_path)
+    with pytest.raises(ValueError, match=r"traces\.json was made with settings .*'cache': 'dual'.*now .*'prefix'"):
+        collect(model, tmp_path, cache="prefix")
+    with pytest.raises(ValueError, match="was made with model_sha256"):
+        collect(tiny_model(seed=6), tmp_path)
+    with pytest.raises(ValueError, match="was made with prompts"):
+        traces.collect(model, PROMPTS[:3], tmp_path, batch_size=2, progress=False, **SETTINGS)
+
+
+def synthetic(prompts: int = 60, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Steps in which a prediction is final exactly when it is surer than its left neighbour, with a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = prompts * 6
+    log_odds = 4 * torch.randn(steps, 8, generator=generator)
+    left = torch.cat((torch.full((steps, 1), 12.0), log_odds[:, :-1]), dim=1)
+    noise = torch.rand(steps, 8, generator=generator) < 0.002
+    return {
+        "log_odds": log_odds,
+        "margin": torch.rand(steps, 8, generator=generator),
+        "entropy": torch.rand(steps, 8, generator=generator),
+        "undecided": torch.ones(steps, 8, dtype=torch.bool),
+        "active": torch.ones(steps, 8, dtype=torch.bool),
+        "stable": torch.rand(steps, 8, generator=generator) < 0.5,
+        "final": (log_odds > left) ^ noise,
+        "prompt": torch.arange(steps) // 6,
+    }
+
+
+def test_it_learns_what_neighbours_tell_and_keeps_to_the_risk() -> None:
+    learned, found = train_filter.train(synthetic(300), risk=0.02, progress=False)
+    assert sum(p.numel() for p in learned.parameters()) < 4000
+    assert found["validation"].wrong <= 0.02
+    assert found["test"].wrong <= 0.04
+    assert found["test"].found > 0.9
+    # said and true agree bin by bin
+    assert all(abs(said - true) < 0.15 for said, true, rows in found["test"].calibration if rows > 100)
+    # the published filter has no way to look at a neighbour in odds
+    assert learned.threshold is not None
+    assert 0 < learned.threshold < 1
+
+
+@pytest.mark.parametrize("kind", ["position", "block"])
+def test_a_seed_gives_the_same_bits(kind: str) -> None:
+    data = synthetic()
+    first, second, third = (
+        train_filter.train(data, kind=kind, epochs=3, seed=seed, progress=False)[0] for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.threshold == second.threshold
+    assert not torch.equal(first.packed(), third.packed())
+
+
+def test_prompts_are_split_not_steps() -> None:
+    prompt = torch.arange(1000) // 10
+    parts = train_filter.split(prompt, torch.Generator().manual_seed(0))
+    held = {name: set(prompt[mask].tolist()) for name, mask in parts.items()}
+    assert [len(held[name]) for name in ("train", "validation", "test")] == [80, 10, 10]
+    assert len(set.union(*held.values())) == 100
+
+
+def test_threshold_for_a_risk() -> None:
+    probability = torch.tensor([0.9, 0.2, 0.8, 0.7, 0.6, 0.6, 0.5])
+    final = torch.tensor([True, False, True, False, True, True, False])
+    # from the top: 0 of 1, 0 of 2, 1 of 3, then the two equal ones: 1 of 5, 2 of 6, 3 of 7 wrong
+    assert train_filter.threshold_for(probability, final, 0.01) == pytest.approx(0.75)
+    assert train_filter.threshold_for(probability, final, 0.2) == pytest.approx(0.55)
+    assert train_filter.threshold_for(probability, final, 0.5) == pytest.approx(0.1)
+    assert train_filter.threshold_for(probability, ~final, 0.01) == 1.0
+
+
+def test_figures_by_hand() -> None:
+    found = train_filter.figures(torch.tensor([0.95, 0.91, 0.5, 0.15]), torch.tensor([True, False, True, False]), 0.9)
+    assert (found.rows, found.final, found.committed, found.wrong, found.found) == (4, 0.5, 0.5, 0.5, 0.5)
+    assert found.loss == pytest.approx(-np.log([0.95, 0.09, 0.5, 0.85]).mean(), rel=1e-5)
+    assert [(round(p, 2), share, rows) for p, share, rows in found.calibration] == [
+        (0.15, 0.0, 1),
+        (0.5, 1.0, 1),
+        (0.93, 0.5, 2),
+    ]
+
+
+def test_bad_arguments_are_named() -> None:
+    data = synthetic(12)
+    with pytest.raises(ValueError, match="risk: 0 given"):
+        train_filter.train(data, risk=0)
+    with pytest.raises(ValueError, match="epochs: 0 given"):
+        train_filter.train(data, epochs=0)
+    with pytest.raises(ValueError, match="hidden: 0 given"):
+        train_filter.train(data, hidden=0)
+    with pytest.raises(ValueError, match="kind: 'token' given"):
+        train_filter.train(data, kind="token")
+    with pytest.raises(ValueError, match="of 9 prompts; at least 10"):
+        train_filter.train(synthetic(9))
+
+
+@pytest.mark.parametrize("kind", ["position", "block"])
+def test_the_filter_that_was_trained_is_the_one_that_decodes(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    prompts = [[i + 2, 2 * i + 3, 7] for i in range(16)]
+    data = traces.collect(model, prompts, tmp_path, batch_size=8, progress=False, **SETTINGS)
+    learned, _ = train_filter.train(data, kind=kind, epochs=20, risk=0.4, progress=False)
+    if kind == "position":
+        names = ("log_odds", "margin", "entropy", "undecided", "stable")
+        logits = learned(features.position_features(*(data[name] for name in names)))
+    else:
+        logits = learned(data["log_odds"].sigmoid().masked_fill(~data["active"], 0.0))
+    cut = float(logits[data["undecided"]].median())
+    picked = []
+
+    class Spy(Learn2PD):
+        def select(self, stats: RowStats, state: BlockState) -> torch.Tensor:
+            picked.append(super().select(stats, state))
+            return picked[-1]
+
+    decode(model, prompts[:8], policy=Spy(learned, float(torch.tensor(cut).double().sigmoid())), **SETTINGS)
+    firsts = [int((data["prompt"] == i).nonzero()[0]) for i in range(8)]  # the first block's first step
+    assert torch.equal(picked[0], logits[firsts] > cut)
+    assert 0 < int(picked[0].sum()) < 64
+
+
+def checkpoint(directory: Path) -> Path:
+    return save(tiny_model(seed=5), tiny_config(), directory)
+
+
+def prompt_file(file: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(58)} | {"[UNK]": 58, "[MASK]": 59}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(file.parent / "model" / "tokenizer.json"))
+    (file.parent / "model" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "mask_token": "[MASK]"})
+    )
+    file.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 7} w3"}) + "\n" for i in range(2, 22)))
+    return file
+
+
+def test_the_command_trains_a_filter_that_decode_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = checkpoint(tmp_path / "model")
+    prompts = prompt_file(tmp_path / "prompts.jsonl")
+    arguments = ["train-filter", "--model", str(directory), "--prompts", str(prompts), "--gen-length", "16"]
+    arguments += ["--block-length", "8", "--epochs", "2", "--risk", "0.5", "--device", "cpu"]
+    written = []
+    for name in ("one", "two"):
+        assert cli.main([*arguments, "--output", str(tmp_path / name), "--json"]) == 0
+        written.append((tmp_path / name / "filter.safetensors").read_bytes())
+    facts = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "}")
+    assert written[0] == written[1]
+    assert facts["prompts"] == 20
+    assert facts["parameters"] == 817
+    learned = LearnedFilter.from_pretrained(tmp_path / "one")
+    assert (learned.kind, learned.block_length, learned.cache) == ("position", 8, "dual")
+    assert learned.about["traces"]["settings"]["gen_length"] == 16
+    assert learned.about["figures"]["test"]["rows"] == facts["test"]["rows"]
+    model = LLaDA.from_pretrained(directory, device="cpu")
+    decode(model, [[3, 4]], policy=Learn2PD(str(tmp_path / "one")), **SETTINGS)
+    with pytest.raises(ValueError, match="filter: trained for a model with vocab_size 60"):
+        decode(tiny_model(vocab_size=61), [[3, 4]], policy=Learn2PD(learned), **SETTINGS)
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert cli.main(["train-filter", "--output", str(tmp_path / "out"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "--kind: 'token' given; known: block, position" in error("--kind", "token")
+    assert "--risk: 1.5 given" in error("--risk", "1.5")
+    assert "--limit: 0 given" in error("--limit", "0")
+    assert "cache: 'single' given" in error("--cache", "single")
+    assert "--prompts: needed with --model" in error("--model", str(checkpoint(tmp_path / "model")))
+    assert "No such file" in error("--prompts", str(tmp_path / "none.jsonl"))
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "Copy: 0 Alan Wells"}\n' * 3)
+    assert "--prompts: 3 given; at least 10" in error("--prompts", str(few))
+    few.write_text('{"text": "Copy"}\n')
+    assert 'few.jsonl, line 1: {"prompt": str}' in error("--prompts", str(few))
+    assert not (tmp_path / "out").exists()
