@@ -66,9 +66,12 @@ def _embed(model: LLaDA) -> None:
 
 def _heads(model: LLaDA, layer: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Views of a head's query, key, value [Dh, D] and output [D, Dh] weights."""
-    block, size = model.blocks[layer], model.config.head_dim
+    size = model.config.head_dim
     part = slice(head * size, (head + 1) * size)
-    return (*(p.weight[part] for p in (block.q_proj, block.k_proj, block.v_proj)), block.attn_out.weight[:, part])
+    q, k, v, out = (
+        model.get_parameter(f"blocks.{layer}.{name}.weight") for name in ("q_proj", "k_proj", "v_proj", "attn_out")
+    )
+    return q[part], k[part], v[part], out[:, part]
 
 
 def _look_at_distances(model: LLaDA) -> None:

@@ -1,0 +1,157 @@
+"""Learn2PD on the demo model: which rule needs the fewest passes at equal quality? ``python benchmarks/learn2pd.py``.
+
+Every rule is tuned on validation prompts with the same cache and end of text: the fewest forward passes at no more than
+``--slack`` loss against one token per step. Only the winners and the baseline are decoded on the held-out prompts, the
+same ones for all; equal quality means that the one-sided 95 % bound of the paired loss is under 0.5 points. The oracle
+commits just what equals the baseline's answer: no filter can need fewer passes.
+
+Figures are printed and written to ``benchmarks/results/learn2pd.json``; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, provenance
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from dllm_engine import LLaDA, tasks
+from dllm_engine.cli_eval_rows import KeptRows
+from dllm_engine.demo import DEMO_MODEL, trained_tasks
+from dllm_engine.evaluate import Row, Setting, paired_loss, run_all, summary
+from dllm_engine.samples import canvas_for
+
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+FACTORS = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0)
+FILTERED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+
+
+def questions(model: LLaDA, family: str, count: int, seed: str) -> list[tasks.Sample]:
+    """Fresh samples of a family's learned tasks, in turns."""
+    learned = [task for task in trained_tasks(model) if (task == "worded_sums") == (family == "sums")]
+    if not learned:
+        raise SystemExit(f"the model learned no task of family {family!r}")
+    rng = random.Random(f"{seed} {family}")
+    return [tasks.generate(learned[i % len(learned)], rng, longest=10) for i in range(count)]
+
+
+def rules(filters: dict[str, Path]) -> dict[str, list[str]]:
+    """Name of a rule to its settings, as `PolicyText` reads them."""
+    found = {
+        "threshold": [f"threshold={value}" for value in THRESHOLDS],
+        "factor": [f"factor={value}" for value in FACTORS],
+    }
+    return found | {name: [f"learn2pd={file}@{value}" for value in FILTERED] for name, file in filters.items()}
+
+
+def decode_all(
+    model: LLaDA, samples: Sequence[tasks.Sample], settings: list[Setting], keep: Path, batch_size: int, what: str
+) -> dict[Setting, list[Row]]:
+    labels = {setting: setting.policy_text.replace("/", "-") for setting in settings}
+    kept = KeptRows(keep, model, samples, labels, batch_size=batch_size, chat=True)
+    with tqdm(total=len(settings) * -(-len(samples) // batch_size), desc=what, unit="batch", disable=None) as bar:
+
+        def on_batch(setting: Setting, rows: list[Row]) -> None:
+            kept.add(setting, rows)
+            bar.update()
+
+        rows = run_all(model, samples, settings, batch_size=batch_size, chat=True, done=kept.rows, on_batch=on_batch)
+    return dict(zip(settings, rows, strict=True))
+
+
+def compared(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
+    loss, upper = paired_loss([row.right for row in baseline], [row.right for row in rows])
+    return summary(rows) | {"loss": loss, "loss_upper": upper}
+
+
+def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of the baseline, every rule's winner and the oracle, at one family, canvas, cache and end of text."""
+    family, cache, end_of_text = where["family"], where["cache"], where["end_of_text"]
+    validation, held_out = (questions(model, family, n, s) for n, s in ((args.validation, "v"), (args.held_out, "h")))
+    gen_length = where["gen_length"] or canvas_for(model, validation + held_out)
+    name = f"{family}, {gen_length} tokens, cache {cache}, end of text {end_of_text}"
+
+    def setting(text: str) -> Setting:
+        return Setting(text, cache, end_of_text, 32, gen_length)
+
+    filters = {path.name: path for path in args.filters if path.name.endswith(cache) or args.all_filters}
+    candidates = rules(filters)
+    texts = ["topk", *(text for values in candidates.values() for text in values)]
+    tried = decode_all(
+        model, validation, [setting(text) for text in texts], args.keep / "tune", args.batch_size, f"tune {name}"
+    )
+    winners = {}
+    for rule, values in candidates.items():
+        figures = {text: compared(tried[setting(text)], tried[setting("topk")]) for text in values}
+        good = [text for text in values if figures[text]["loss"] <= args.slack]
+        if good:
+            winners[rule] = min(good, key=lambda text: figures[text]["forward_passes"])
+    order = ["topk", *dict.fromkeys(winners.values()), "oracle"]
+    final = decode_all(
+        model, held_out, [setting(t) for t in order], args.keep / "confirm", args.batch_size, f"confirm {name}"
+    )
+    baseline = final[setting("topk")]
+    oracle = compared(final[setting("oracle")], baseline)
+    records = []
+    for rule, text in {"one token per step": "topk", **winners, "oracle": "oracle"}.items():
+        figures = compared(final[setting(text)], baseline)
+        records.append(
+            where | {"gen_length": gen_length, "rule": rule, "setting": Path(text).name if "/" in text else text}
+            | figures | {"of_oracle": oracle["forward_passes"] / figures["forward_passes"]}
+        )  # fmt: skip
+    return records
+
+
+def show(records: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="Winners on the held-out prompts")
+    for column in ("family", "canvas", "cache", "end of text", "rule", "setting"):
+        table.add_column(column)
+    for column in ("right %", "loss", "≤", "passes", "of oracle", "tokens/s"):
+        table.add_column(column, justify="right")
+    for r in records:
+        table.add_row(
+            r["family"], str(r["gen_length"]), r["cache"], r["end_of_text"], r["rule"], r["setting"],
+            f"{100 * r['accuracy']:.2f}", f"{100 * r['loss']:.2f}", f"{100 * r['loss_upper']:.2f}",
+            f"{r['forward_passes']:.2f}", f"{r['of_oracle']:.2f}", f"{r['tokens_per_second']:,.0f}",
+            end_section=r["rule"] == "oracle",
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL)
+    parser.add_argument("--families", nargs="+", default=["sums", "lists"])
+    parser.add_argument("--gen-lengths", nargs="+", type=int, default=[0], help="0: what fits the answers")
+    parser.add_argument("--caches", nargs="+", default=["none", "dual"])
+    parser.add_argument("--end-of-text", nargs="+", default=["committed"])
+    parser.add_argument("--filters", nargs="+", type=Path, default=[], help="directories named KIND-CACHE")
+    parser.add_argument("--all-filters", action="store_true", help="not only those trained with the cache decoded with")
+    parser.add_argument("--validation", type=int, default=500)
+    parser.add_argument("--held-out", type=int, default=3000)
+    parser.add_argument("--slack", type=float, default=0.002, help="loss that a winner may have on validation prompts")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--keep", type=Path, default=Path("runs/learn2pd"))
+    args = parser.parse_args()
+    model = LLaDA.from_pretrained(args.model, device="cpu", dtype="float32")
+    file = RESULTS / "learn2pd.json"
+    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    for family, gen_length, cache, end in product(args.families, args.gen_lengths, args.caches, args.end_of_text):
+        where = {"family": family, "gen_length": gen_length, "cache": cache, "end_of_text": end}
+        records = [r | provenance(model.device) for r in tune_and_confirm(model, args, where)]
+        same = ("family", "gen_length", "cache", "end_of_text")
+        held = [h for h in held if any(h[key] != records[0][key] for key in same)] + records
+        file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        show(records)
+
+
+if __name__ == "__main__":
+    main()
