@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,10 @@ class Stage:
         canvases: answer lengths and their weights.
         gates: share of right answers that each task must reach.
         steps: length of the training.
-        rate: share of the full learning rates (0.02 and 3e-3), decayed linearly to 0.
+        rate: share of the full learning rates (0.02 and 3e-3), held for the share ``hold`` of the steps, then decayed
+            linearly to 0.
+        watch: steps between two looks at the accuracy, which lengthen the lists. starts: names in a task's first lists,
+            where not ``names[0]``.
         sums: size of the worded sums (steps, largest number, whether they multiply).
     """
 
@@ -58,6 +61,9 @@ class Stage:
     gates: dict[str, float]
     steps: int
     rate: float = 0.5
+    hold: float = 0.0
+    watch: int = 100
+    starts: dict[str, int] = field(default_factory=dict)
     sums: tuple[int, int, bool] = (3, 20, False)
 
 
@@ -68,7 +74,15 @@ _FREE = ("insert_random", "remove_random", "replace_random", "shuffle", "latin_s
 _LISTS = dict.fromkeys(_FIXED, 1.0) | {"sort": 2.0, "shuffle": 1.0}
 STAGES = {
     "a": Stage(
-        _LISTS | {"worded_sums": 2.0}, (4, 6), {32: 0.92, 64: 0.08}, {"copy": 0.95, "reverse": 0.95}, 1500, rate=1.0
+        _LISTS | {"worded_sums": 2.0},
+        (4, 6),
+        {32: 0.92, 64: 0.08},
+        {"copy": 0.95, "reverse": 0.95},
+        1500,
+        rate=1.0,
+        hold=0.5,
+        watch=200,
+        starts={"sort": 2, "shuffle": 2},
     ),
     "b": Stage(
         _LISTS | {"worded_sums": 4.0},
@@ -79,12 +93,11 @@ STAGES = {
         rate=0.6,
     ),
     "c": Stage(
-        dict.fromkeys(_FIXED, 0.8) | {"sort": 1.5, "shuffle": 0.3, "worded_sums": 5.0},
+        dict.fromkeys(_FIXED, 0.8) | {"sort": 1.5, "replace_index": 1.2, "shuffle": 0.3, "worded_sums": 5.0},
         (10, 10),
         {32: 0.80, 64: 0.14, 128: 0.03, 256: 0.03},
         dict.fromkeys(_FIXED, 0.90) | {"worded_sums": 0.80},
-        3600,
-        rate=0.4,
+        4000,
     ),
     "d": Stage(
         dict.fromkeys(_FIXED, 1.0) | dict.fromkeys(_FREE, 0.8) | {"worded_sums": 5.0},
@@ -151,7 +164,7 @@ class Batches:
     def __init__(self, model: LLaDA, stage: Stage, seed: int) -> None:
         self.model, self.stage, self.rng = model, stage, random.Random(seed)
         self.weights = dict(stage.tasks)
-        self.longest = dict.fromkeys(stage.tasks, stage.names[0])
+        self.longest = dict.fromkeys(stage.tasks, stage.names[0]) | stage.starts
 
     def focus(self, accuracy: dict[str, float]) -> None:
         """More of what is not yet learned, longer lists of what is."""
@@ -286,7 +299,6 @@ def main() -> None:
     )
     parser.add_argument("--batch-tokens", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--eval-every", type=int, default=150)
     parser.add_argument("--final-prompts", type=int, default=500)
     args = parser.parse_args()
     stages, shipped = list(STAGES), DEMO / "accuracy.json"
@@ -347,7 +359,7 @@ def train(name: str, args: argparse.Namespace) -> bool:
         warm = min(1.0, (step + 1) / 30)
         for optimiser, lrs in rates:
             for group, lr in zip(optimiser.param_groups, lrs, strict=True):
-                group["lr"] = stage.rate * lr * warm * (1 - fraction)
+                group["lr"] = stage.rate * lr * warm * min(1.0, (1 - fraction) / (1 - stage.hold))
         ids, mask, canvas = data.draw(args.batch_tokens)
         loss = loss_of(model, ids, mask, canvas, generator)
         loss.backward()
@@ -359,7 +371,7 @@ def train(name: str, args: argparse.Namespace) -> bool:
         seconds += time.perf_counter() - began
         running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
         bar.update()
-        if step % args.eval_every == 0 or step == steps:
+        if step % stage.watch == 0 or step == steps:
             # a threshold watches at a tenth of the cost; the final figure is one token per step
             last = accuracy(model, stage, 40, 10_000 + step, data.longest, policy=Threshold(0.95))
             entry = {"step": step, "loss": running, "seconds": round(seconds), "tokens": seen}
