@@ -115,9 +115,10 @@ def decode_step_(
             batch,
             width,
             sequences.data_ptr(),
-            tuple(t.data_ptr() for t in (tokens, undecided, progress, seeds, quota)),
+            tuple(t.data_ptr() for t in (tokens, undecided, predicted, progress, seeds, quota)),
             (tokens.shape[1], step.prompt_length, len(quota), step.fill_id),
-            (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut, step.decided_is_one, step.all_rows),
+            (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut),
+            (step.decided_is_one, step.position, step.all_rows),
             tuple(t.data_ptr() for t in (*stat_ids, *stat_values)),
             (tickets.data_ptr(), workspace.data_ptr(), stream),
         )

@@ -25,9 +25,9 @@ _LIBRARY.define(
 _LIBRARY.define(
     "decode_step_(Tensor hidden, Tensor lm_head, Tensor sequences, Tensor(a!) tokens, Tensor(b!) undecided,"
     " Tensor(c!) predicted, Tensor(d!) progress, Tensor seeds, Tensor quota, Tensor bounds, Tensor weights,"
-    " Tensor(e!) stat_ids, Tensor(f!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids, int prompt_length, int fill_id,"
-    " float temperature, int filter_length, float cut, bool decided_is_one, bool position, bool all_rows,"
-    " str backend) -> ()"
+    " Tensor(e!) stat_ids, Tensor(f!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids,"
+    " int prompt_length, int fill_id, float temperature, int filter_length, float cut, bool decided_is_one,"
+    " bool position, bool all_rows, str backend) -> ()"
 )
 
 
@@ -136,7 +136,7 @@ def decode_step_(
     size = rule.filter_length
     _check(rule.weights, "rule.weights", torch.float32, device, (rule.parameters,))
     least = 1 if rule.position else width
-    if size and not least <= size <= MAX_FILTER:
+    if len(rule.weights) and not least <= size <= MAX_FILTER:
         raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {least} to {MAX_FILTER}")
     if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
         raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read

@@ -105,15 +105,18 @@ int main() {
                 }
     for (int round = 0; round < 200; ++round) {
         const std::int64_t batch = draw(1, 4), width = draw(1, 9), prompt = draw(0, 3), blocks = draw(1, 3), length = prompt + blocks * width;
-        const std::int64_t dim = 16, vocab = 40, filter = draw(0, 2) ? draw(width, 12) : 0, count = batch * width;
+        const bool position = draw(0, 2);
+        const std::int64_t dim = 16, vocab = 40, filter = draw(0, 4) ? draw(position ? 1 : width, 12) : 0, count = batch * width;
+        const std::int64_t parameters = position ? (kFeatures + 2) * filter + 1 : 2 * filter * filter + 2 * filter;
         auto hidden = matrix(Type::f32, count, dim, dim, round % 5 == 0), head = matrix(Type::f32, vocab, dim, dim, false);
         auto sequences = block<std::int64_t>(batch), tokens = block<std::int64_t>(batch * length), seeds = block<std::int64_t>(batch);
         auto progress = block<std::int64_t>(batch * kProgress), quota = block<std::int64_t>(width), ends = block<std::int64_t>(1);
         auto undecided = block<std::uint8_t>(batch * length);
-        auto bounds = block<float>(width), weights = block<float>(2 * filter * filter + 2 * filter);
+        auto predicted = block<std::int64_t>(batch * length);
+        auto bounds = block<float>(width), weights = block<float>(filter > 0 ? parameters : 0);
         ends[0] = 3;
         for (std::int64_t i = 0; i < width; ++i) quota[i] = draw(1, 4), bounds[i] = static_cast<float>(draw(-3, 3));
-        for (std::int64_t i = 0; i < 2 * filter * filter + 2 * filter; ++i) weights[i] = static_cast<float>(draw(-3, 4));
+        for (std::int64_t i = 0; filter > 0 && i < parameters; ++i) weights[i] = static_cast<float>(draw(-3, 4));
         for (std::int64_t b = 0; b < batch; ++b) {
             sequences[b] = b;
             seeds[b] = b;
@@ -122,6 +125,7 @@ int main() {
             std::memcpy(progress.get() + b * kProgress, values, sizeof(values));
             for (std::int64_t i = 0; i < length; ++i) {
                 tokens[b * length + i] = 39;
+                predicted[b * length + i] = draw(-1, vocab);
                 undecided[b * length + i] = i >= start && (draw(0, 2) || i == start);
             }
         }
@@ -133,20 +137,23 @@ int main() {
                                  0, 0, nullptr, 0, round % 3 ? 0.0f : 1.0f, nullptr, ids.get(), ids.get() + count, values.get(),
                                  values.get() + count, values.get() + 2 * count, values.get() + 3 * count, values.get() + 4 * count,
                                  nullptr, nullptr};
-        const StepArgs step{batch, width, sequences.get(), length, prompt, width, 1, tokens.get(), undecided.get(), progress.get(),
-                            seeds.get(), quota.get(), bounds.get(), weights.get(), filter, 0.5, round % 2, filter > 0 && round % 2 == 0,
-                            ends.get(), round % 4 ? 1 : 0, ids.get(), values.get() + 3 * count};
+        const StepArgs step{batch, width, sequences.get(), length, prompt, width, 1, tokens.get(), undecided.get(),
+                            predicted.get(), progress.get(), seeds.get(), quota.get(), bounds.get(), weights.get(), filter, 0.5,
+                            round % 2, filter > 0 && position, filter > 0 && !position && round % 2 == 0, ends.get(), round % 4 ? 1 : 0,
+                            ids.get(), values.get(), values.get() + count, values.get() + 3 * count, values.get() + 4 * count};
         const std::size_t size = row_stats_cpu_scratch(dim, vocab, count, 2);
         void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);
         const std::vector<std::int64_t> old_tokens(tokens.get(), tokens.get() + batch * length), old_progress(progress.get(), progress.get() + batch * kProgress);
+        const std::vector<std::int64_t> old_predicted(predicted.get(), predicted.get() + batch * length);
         const std::vector<std::uint8_t> old_undecided(undecided.get(), undecided.get() + batch * length);
         if (!decode_step_cpu(stats, step, 2, 0, scratch)) return 1;
         std::free(scratch);
         // the same decisions by several threads
-        auto team_tokens = old_tokens, team_progress = old_progress;
+        auto team_tokens = old_tokens, team_progress = old_progress, team_predicted = old_predicted;
         auto team_undecided = old_undecided;
         StepArgs by_team = step;
         by_team.tokens = team_tokens.data();
+        by_team.predicted = team_predicted.data();
         by_team.progress = team_progress.data();
         by_team.undecided = team_undecided.data();
         const int lanes = static_cast<int>(draw(2, 5));
@@ -162,6 +169,7 @@ int main() {
             for (auto& thread : threads) thread.join();
         }
         if (std::memcmp(team_tokens.data(), tokens.get(), team_tokens.size() * 8) != 0 ||
+            std::memcmp(team_predicted.data(), predicted.get(), team_predicted.size() * 8) != 0 ||
             std::memcmp(team_progress.data(), progress.get(), team_progress.size() * 8) != 0 ||
             std::memcmp(team_undecided.data(), undecided.get(), team_undecided.size()) != 0)
             return 2;

@@ -36,12 +36,13 @@ void row_stats(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_t 
     if (!ran) throw std::runtime_error("row_stats: this CPU has no AVX2, FMA and F16C");
 }
 
-// stats: 7 addresses [batch, width]; state: tokens, undecided, progress, seeds, quota; sizes: length, prompt_length,
-// block_length, fill_id; rule: bounds, weights, filter_length, cut, decided_is_one, all_rows; ids: address and number.
+// stats: 7 addresses [batch, width]; state: tokens, undecided, predicted, progress, seeds, quota; sizes: length,
+// prompt_length, block_length, fill_id; rule: bounds, weights, filter_length, cut; flags: decided_is_one,
+// position, all_rows; ids: address and number.
 void decode_step(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_t vocab, py::tuple banned,
                  py::tuple excluded, py::tuple end_ids, float temperature, std::int64_t batch, std::int64_t width,
-                 std::uintptr_t sequences, py::tuple state, py::tuple sizes, py::tuple rule, py::tuple out, int threads,
-                 int isa, std::uintptr_t scratch) {
+                 std::uintptr_t sequences, py::tuple state, py::tuple sizes, py::tuple rule, py::tuple flags,
+                 py::tuple out, int threads, int isa, std::uintptr_t scratch) {
     const auto address = [](const py::tuple& t, int i) { return t[static_cast<std::size_t>(i)].cast<std::uintptr_t>(); };
     const auto number = [](const py::tuple& t, int i) { return t[static_cast<std::size_t>(i)].cast<std::int64_t>(); };
     const dllm::RowStatsArgs stats{matrix(hidden), matrix(head), dim, vocab, nullptr, 0,
@@ -50,14 +51,15 @@ void decode_step(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_
                                    at<std::int64_t>(address(out, 0)), at<std::int64_t>(address(out, 1)),
                                    at<float>(address(out, 2)), at<float>(address(out, 3)), at<float>(address(out, 4)),
                                    at<float>(address(out, 5)), at<float>(address(out, 6)), nullptr, nullptr};
+    const auto flag = [&](int i) { return static_cast<std::int32_t>(number(flags, i)); };
     const dllm::StepArgs step{batch, width, at<const std::int64_t>(sequences), number(sizes, 0), number(sizes, 1),
                               number(sizes, 2), number(sizes, 3), at<std::int64_t>(address(state, 0)),
                               at<std::uint8_t>(address(state, 1)), at<std::int64_t>(address(state, 2)),
-                              at<const std::int64_t>(address(state, 3)), at<const std::int64_t>(address(state, 4)),
-                              at<const float>(address(rule, 0)), at<const float>(address(rule, 1)), number(rule, 2),
-                              rule[3].cast<double>(), static_cast<std::int32_t>(number(rule, 4)),
-                              static_cast<std::int32_t>(number(rule, 5)), at<const std::int64_t>(address(end_ids, 0)),
-                              number(end_ids, 1), stats.token, stats.log_odds};
+                              at<std::int64_t>(address(state, 3)), at<const std::int64_t>(address(state, 4)),
+                              at<const std::int64_t>(address(state, 5)), at<const float>(address(rule, 0)),
+                              at<const float>(address(rule, 1)), number(rule, 2), rule[3].cast<double>(), flag(0), flag(1),
+                              flag(2), at<const std::int64_t>(address(end_ids, 0)), number(end_ids, 1), stats.token, stats.logit,
+                              stats.second_logit, stats.log_odds, stats.entropy};
     bool ran;
     {
         py::gil_scoped_release release;

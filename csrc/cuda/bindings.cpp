@@ -49,26 +49,29 @@ void row_stats(const py::tuple& hidden, const py::tuple& head, std::int64_t hidd
     launch("row_stats", stats, hidden_rows, dllm::StepArgs{}, scratch);
 }
 
-// out: 7 addresses [batch, width]; state: tokens, undecided, progress, seeds, quota; sizes: length, prompt_length,
-// block_length, fill_id; rule: bounds, weights, filter_length, cut, decided_is_one, all_rows; ids: address and number.
+// out: 7 addresses [batch, width]; state: tokens, undecided, predicted, progress, seeds, quota; sizes: length,
+// prompt_length, block_length, fill_id; rule: bounds, weights, filter_length, cut; flags: decided_is_one,
+// position, all_rows; ids: address and number.
 void decode_step(const py::tuple& hidden, const py::tuple& head, std::int64_t dim, std::int64_t vocab,
                  const py::tuple& banned, const py::tuple& excluded, const py::tuple& end_ids, float temperature,
                  std::int64_t batch, std::int64_t width, std::uintptr_t sequences, const py::tuple& state,
-                 const py::tuple& sizes, const py::tuple& rule, const py::tuple& out, const py::tuple& scratch) {
+                 const py::tuple& sizes, const py::tuple& rule, const py::tuple& flags, const py::tuple& out,
+                 const py::tuple& scratch) {
     const dllm::RowStatsArgs stats{matrix(hidden), matrix(head), dim, vocab, nullptr, batch * width,
                                    address<const std::int32_t>(banned, 0), address<const std::int32_t>(excluded, 0),
                                    number(banned, 1), number(excluded, 1), nullptr, 0, temperature, nullptr,
                                    address<std::int64_t>(out, 0), address<std::int64_t>(out, 1), address<float>(out, 2),
                                    address<float>(out, 3), address<float>(out, 4), address<float>(out, 5),
                                    address<float>(out, 6), nullptr, nullptr};
+    const auto flag = [&](int i) { return static_cast<std::int32_t>(number(flags, i)); };
     const dllm::StepArgs step{batch, width, at<const std::int64_t>(sequences), number(sizes, 0), number(sizes, 1),
                               number(sizes, 2), number(sizes, 3), address<std::int64_t>(state, 0),
                               address<std::uint8_t>(state, 1), address<std::int64_t>(state, 2),
-                              address<const std::int64_t>(state, 3), address<const std::int64_t>(state, 4),
-                              address<const float>(rule, 0), address<const float>(rule, 1), number(rule, 2),
-                              rule[3].cast<double>(), static_cast<std::int32_t>(number(rule, 4)),
-                              static_cast<std::int32_t>(number(rule, 5)), address<const std::int64_t>(end_ids, 0),
-                              number(end_ids, 1), stats.token, stats.log_odds};
+                              address<std::int64_t>(state, 3), address<const std::int64_t>(state, 4),
+                              address<const std::int64_t>(state, 5), address<const float>(rule, 0),
+                              address<const float>(rule, 1), number(rule, 2), rule[3].cast<double>(), flag(0), flag(1), flag(2),
+                              address<const std::int64_t>(end_ids, 0), number(end_ids, 1), stats.token, stats.logit,
+                              stats.second_logit, stats.log_odds, stats.entropy};
     launch("decode_step", stats, stats.count, step, scratch);
 }
 

@@ -27,6 +27,63 @@ struct CommitScratch {  // shared by the lanes
     float confidence[kMaxFilter];
 };
 
+constexpr int kFeatures = 15;
+
+DLLM_HD float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// The features of an undecided position, in the order of dllm_engine/features.py: equal to its numbers in every bit,
+// given the statistics, so that both ways of a decode decide alike. All divisors are powers of two.
+DLLM_HD void position_features(const StepArgs& a, std::int64_t first_row, std::int64_t first_column, std::int64_t i,
+                               float (&x)[kFeatures]) {
+    const float sure = 3.0f;  // the odds of a decided position
+    const std::uint8_t* open = a.undecided + first_column;
+    const auto odds = [&](std::int64_t j) {
+        if (j >= a.width) return 0.0f;
+        return j >= 0 && open[j] ? clamped(a.log_odds[first_row + j], -12.0f, 12.0f) / 4.0f : sure;
+    };
+    float before = sure, greatest = -sure;
+    std::int32_t open_before = 0, open_all = 0;
+    for (std::int64_t j = 0; j < a.width; ++j) {
+        if (!open[j]) continue;
+        const float other = odds(j);
+        ++open_all;
+        if (other > greatest) greatest = other;
+        if (j >= i) continue;
+        ++open_before;
+        if (other < before) before = other;
+    }
+    const std::int64_t row = first_row + i;
+    x[0] = odds(i);
+    x[1] = clamped(a.logit[row] - a.second_logit[row], 0.0f, 12.0f) / 4.0f;
+    x[2] = clamped(a.entropy[row], 0.0f, 6.0f) / 2.0f;
+    x[3] = static_cast<float>(i) / 32.0f;
+    x[4] = odds(i - 2);
+    x[5] = odds(i - 1);
+    x[6] = odds(i + 1);
+    x[7] = odds(i + 2);
+    x[8] = i > 0 && open[i - 1] ? 0.0f : 1.0f;
+    x[9] = i + 1 < a.width && !open[i + 1] ? 1.0f : 0.0f;
+    x[10] = before;
+    x[11] = static_cast<float>(open_before) / 32.0f;
+    x[12] = greatest;
+    x[13] = static_cast<float>(open_all) / 32.0f;
+    x[14] = a.token[row] == a.predicted[first_column + i] ? 1.0f : 0.0f;
+}
+
+// What the filter of a position says; in double, so that no order of additions shows.
+DLLM_HD double position_filter(const StepArgs& a, const float (&x)[kFeatures]) {
+    const std::int64_t units = a.filter_length;
+    const float *w1 = a.weights, *b1 = w1 + units * kFeatures, *w2 = b1 + units, *b2 = w2 + units;
+    double sum = *b2;
+    for (std::int64_t u = 0; u < units; ++u) {
+        double unit = b1[u];
+        for (int k = 0; k < kFeatures; ++k)
+            unit += static_cast<double>(w1[u * kFeatures + k]) * static_cast<double>(x[k]);
+        if (unit > 0.0) sum += static_cast<double>(w2[u]) * unit;
+    }
+    return sum;
+}
+
 // An undecided score of -inf (or a failed one) still ranks before every decided position.
 DLLM_HD float ranked(float score) {
     const float least = -3.402823466e38f;
@@ -39,6 +96,7 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
     std::int64_t* progress = a.progress + b * kProgress;
     std::int64_t* tokens = a.tokens + b * a.length;
     std::uint8_t* undecided = a.undecided + b * a.length;
+    std::int64_t* predicted = a.predicted + b * a.length;
     const std::int64_t start = progress[kBlockStart], old_end = progress[kActiveEnd];
     const std::int64_t* token = a.token + call_row * width;
     const float* odds = a.log_odds + call_row * width;
@@ -56,13 +114,23 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
             rank += other > own || (other == own && j < i);
         }
         scratch.rank[i] = rank;
-        if (odds[i] >= a.bounds[rank] && rank + 1 > picked) picked = rank + 1;
+        if (a.filter_length == 0 && odds[i] >= a.bounds[rank] && rank + 1 > picked) picked = rank + 1;
     }
     failed_at = team.least(failed_at);
     picked = team.most(picked);
 
-    // Learn2PD: two small layers over the block's confidences, in double so that no order of additions shows
-    const std::int64_t size = a.filter_length;
+    if (a.position) {
+        for (std::int64_t i = team.lane; i < width; i += team.lanes) {
+            if (!undecided[start + i]) continue;
+            float x[kFeatures];
+            position_features(a, call_row * width, b * a.length + start, i, x);
+            if (position_filter(a, x) > a.cut) scratch.rank[i] = -1;  // within every quota
+        }
+        team.sync();  // a commit changes what other lanes look at
+    }
+
+    // the published filter: two small layers over the block's confidences, in double so that no order of additions shows
+    const std::int64_t size = a.position ? 0 : a.filter_length;
     const float *w1 = a.weights, *b1 = w1 + size * size, *w2 = b1 + size, *b2 = w2 + size * size;
     if (size > 0) {
         for (std::int64_t i = team.lane; i < size; i += team.lanes) {
@@ -88,6 +156,7 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
     std::int64_t end = old_end;
     for (std::int64_t i = team.lane; i < width; i += team.lanes) {
         if (!undecided[start + i]) continue;
+        predicted[start + i] = token[i];
         bool chosen = scratch.rank[i] < quota || scratch.rank[i] < picked;
         if (size > 0 && !chosen) {
             double sum = b2[i];

@@ -38,18 +38,19 @@ struct StepArgs {
     std::int64_t length, prompt_length, block_length, fill_id;
     std::int64_t* tokens;     // [B, length]
     std::uint8_t* undecided;  // [B, length]
+    std::int64_t* predicted;  // [B, length]
     std::int64_t* progress;   // [B, 6]
     const std::int64_t* seeds;  // [B]
     const std::int64_t* quota;  // [block_length]
     const float* bounds;        // [block_length]
-    const float* weights;       // filter, [2 F^2 + 2 F]
-    std::int64_t filter_length;  // F, 0 without a filter
+    const float* weights;       // filter, [2 F^2 + 2 F]; of a position: [(features + 2) F + 1]
+    std::int64_t filter_length;  // F, units of the hidden layer; 0 without a filter
     double cut;
-    std::int32_t decided_is_one, all_rows;  // all_rows: decided ones are scored too
+    std::int32_t decided_is_one, position, all_rows;  // all_rows: decided ones are scored too
     const std::int64_t* end_ids;
     std::int64_t end_count;      // 0: end of text is off
     const std::int64_t* token;   // statistics of the rows
-    const float* log_odds;
+    const float *logit, *second_logit, *log_odds, *entropy;
 };
 
 // Scratch that row_stats_cpu needs, in bytes; the caller allocates it, 64-byte aligned.
