@@ -3,7 +3,8 @@
 Every rule is tuned on validation prompts with the same cache and end of text: the fewest forward passes at no more than
 ``--slack`` loss against one token per step. Only the winners and the baseline are decoded on the held-out prompts, the
 same ones for all; equal quality means that the one-sided 95 % bound of the paired loss is under 0.5 points. The oracle
-commits just what equals the baseline's answer: no filter can need fewer passes.
+commits just what equals the baseline's answer. Worded sums are judged twice: by the final number ("answer"), as
+published scorers would, and by the whole working, which a rule can garble while the number stays right.
 
 Figures are printed and written to ``benchmarks/results/learn2pd.json``; an interrupted run goes on where it stopped.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from dllm_engine.cli_eval_rows import KeptRows
 from dllm_engine.demo import DEMO_MODEL, trained_tasks
 from dllm_engine.evaluate import Row, Setting, paired_loss, run_all, summary
 from dllm_engine.samples import canvas_for
+from dllm_engine.tasks.sums import score_working
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 FACTORS = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0)
@@ -67,6 +70,16 @@ def decode_all(
     return dict(zip(settings, rows, strict=True))
 
 
+def graded(rows: Sequence[Row], samples: Sequence[tasks.Sample], quality: str) -> list[Row]:
+    """Rows of sums judged by the whole working if that is asked for, else by the task's own scorer."""
+    if quality == "answer":
+        return list(rows)
+    return [
+        replace(row, right=score_working(row.text, sample.about)) if row.task == "worded_sums" else row
+        for row, sample in zip(rows, samples, strict=True)
+    ]
+
+
 def compared(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
     loss, upper = paired_loss([row.right for row in baseline], [row.right for row in rows])
     return summary(rows) | {"loss": loss, "loss_upper": upper}
@@ -88,6 +101,7 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
     tried = decode_all(
         model, validation, [setting(text) for text in texts], args.keep / "tune", args.batch_size, f"tune {name}"
     )
+    tried = {one: graded(rows, validation, where["quality"]) for one, rows in tried.items()}
     winners = {}
     for rule, values in candidates.items():
         figures = {text: compared(tried[setting(text)], tried[setting("topk")]) for text in values}
@@ -98,6 +112,7 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
     final = decode_all(
         model, held_out, [setting(t) for t in order], args.keep / "confirm", args.batch_size, f"confirm {name}"
     )
+    final = {one: graded(rows, held_out, where["quality"]) for one, rows in final.items()}
     baseline = final[setting("topk")]
     oracle = compared(final[setting("oracle")], baseline)
     records = []
@@ -112,13 +127,13 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
 
 def show(records: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Winners on the held-out prompts")
-    for column in ("family", "canvas", "cache", "end of text", "rule", "setting"):
+    for column in ("family", "quality", "canvas", "cache", "end of text", "rule", "setting"):
         table.add_column(column)
     for column in ("right %", "loss", "≤", "passes", "of oracle", "tokens/s"):
         table.add_column(column, justify="right")
     for r in records:
         table.add_row(
-            r["family"], str(r["gen_length"]), r["cache"], r["end_of_text"], r["rule"], r["setting"],
+            r["family"], r["quality"], str(r["gen_length"]), r["cache"], r["end_of_text"], r["rule"], r["setting"],
             f"{100 * r['accuracy']:.2f}", f"{100 * r['loss']:.2f}", f"{100 * r['loss_upper']:.2f}",
             f"{r['forward_passes']:.2f}", f"{r['of_oracle']:.2f}", f"{r['tokens_per_second']:,.0f}",
             end_section=r["rule"] == "oracle",
@@ -130,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--families", nargs="+", default=["sums", "lists"])
+    parser.add_argument("--qualities", nargs="+", default=["answer", "working"], help="what must be right in sums")
     parser.add_argument("--gen-lengths", nargs="+", type=int, default=[0], help="0: what fits the answers")
     parser.add_argument("--caches", nargs="+", default=["none", "dual"])
     parser.add_argument("--end-of-text", nargs="+", default=["committed"])
@@ -144,10 +160,13 @@ def main() -> None:
     model = LLaDA.from_pretrained(args.model, device="cpu", dtype="float32")
     file = RESULTS / "learn2pd.json"
     held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    for family, gen_length, cache, end in product(args.families, args.gen_lengths, args.caches, args.end_of_text):
-        where = {"family": family, "gen_length": gen_length, "cache": cache, "end_of_text": end}
+    places = product(args.families, args.gen_lengths, args.caches, args.end_of_text, args.qualities)
+    for family, gen_length, cache, end, quality in places:
+        if family != "sums" and quality == "working":
+            continue
+        where = {"family": family, "quality": quality, "gen_length": gen_length, "cache": cache, "end_of_text": end}
         records = [r | provenance(model.device) for r in tune_and_confirm(model, args, where)]
-        same = ("family", "gen_length", "cache", "end_of_text")
+        same = ("family", "quality", "gen_length", "cache", "end_of_text")
         held = [h for h in held if any(h[key] != records[0][key] for key in same)] + records
         file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
         show(records)

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", _demo, "Ten questions to the built-in model, decoded three ways, with what each costs.")
+    demo = command("demo", _demo, "Ten questions to the built-in model, decoded four ways, with what each costs.")
     _add_model_options(demo)
     demo.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE.jsonl", help="published ParallelBench files instead"

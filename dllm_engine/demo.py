@@ -1,4 +1,4 @@
-"""``dllm-engine demo``: the same prompts decoded three ways, with what each cost."""
+"""``dllm-engine demo``: the same prompts decoded four ways, with what each cost."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ WAYS = (
     Way("one token per step", "topk", "none"),
     Way("threshold 0.9", "threshold", "none"),
     Way("  + dual KV cache", "threshold", "dual"),
+    Way("learned filter + dual", "auto", "dual"),
 )
 
 
@@ -90,7 +91,7 @@ def measure(model: LLaDA, samples: Sequence[tasks.Sample], way: Way, gen_length:
 
 
 def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -> None:
-    """Ten prompts one at a time and as a batch, three ways."""
+    """Ten prompts one at a time and as a batch, four ways."""
     rng = random.Random(seed)
     learned = trained_tasks(model)
     samples = [tasks.generate(learned[i % len(learned)], rng) for i in range(10)]
@@ -137,7 +138,7 @@ def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -
 def run_data(
     model: LLaDA, console: Console, files: Sequence[Path], limit: int | None, batch_size: int, as_json: bool = False
 ) -> None:
-    """Published ParallelBench files (JSON lines), three ways.
+    """Published ParallelBench files (JSON lines), four ways.
 
     Raises:
         ValueError: a file of no known task, or a row that is not of that task; names file and line.

@@ -31,7 +31,8 @@ class Sample:
 
     Attributes:
         task: a name of `names`. prompt: the user's message. answer: a right answer (of possibly several).
-        about: what the scorer needs: ``items``, ``word``, ``index`` of lists, ``symbols``, ``solution``, ``result``.
+        about: what the scorer needs: ``items``, ``word``, ``index`` of lists, ``symbols``, ``solution``, ``result`` and
+            the other facts of a sum.
     """
 
     task: str
@@ -71,8 +72,7 @@ def generate(
     if task == "worded_sums":
         if steps < 1 or not 1 <= largest <= 99:
             raise ValueError(f"steps, largest: {steps}, {largest} given; steps ≥ 1 and 1 ≤ largest ≤ 99 allowed")
-        prompt, answer, result = sums.make(rng, rng.randint(1, steps), largest, multiply)
-        return Sample(task, prompt, answer, {"result": result})
+        return Sample(task, *sums.make(rng, rng.randint(1, steps), largest, multiply))
     if task == "sudoku":
         puzzle, solution = grids.make_sudoku(rng)
         return _sudoku(puzzle, solution)

@@ -1,8 +1,8 @@
 """Worded sums: additions, subtractions and (at larger sizes) multiplications told as a story, answered step by step.
 
 The working mixes what real text mixes: copied words, interchangeable phrasings whose words belong together, and carried
-results that only the step before gives. Phrasings of a sentence have the same number of tokens, and so have the sentences
-that tell of a step and work it out: the small demo model finds the number by its distance.
+results that only the step before gives. Phrasings of a sentence have the same number of tokens, and so have the
+sentences that tell of a step and work it out: the small demo model finds the number by its distance.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ _WORKED = {
 }
 
 
-def make(rng: random.Random, steps: int, largest: int, multiply: bool) -> tuple[str, str, int]:
-    """Story, worked answer and result of a sum of ``steps`` operations whose numbers all lie in 0 to ``largest``."""
+def make(rng: random.Random, steps: int, largest: int, multiply: bool) -> tuple[str, str, dict[str, Any]]:
+    """Story, worked answer and facts of a sum of ``steps`` operations whose numbers all lie in 0 to ``largest``."""
     who, things = rng.choice(FIRST), rng.choice(_THINGS)
     value = rng.randint(0, largest)
     told = [rng.choice(_OPENING).format(who=who, n=value, things=things)]
     worked = [rng.choice(_FIRST_SENTENCE).format(who=who, n=value, things=things)]
+    facts: dict[str, Any] = {"who": who, "things": things, "start": value, "steps": []}
     for _ in range(steps):
         possible = [("+", value < largest), ("-", value > 0), ("*", multiply and 0 < 2 * value <= largest)]
         sign = rng.choice([sign for sign, fits in possible if fits])
@@ -62,12 +63,21 @@ def make(rng: random.Random, steps: int, largest: int, multiply: bool) -> tuple[
             result = value - k
         told.append(rng.choice(_TOLD[sign]).format(who=who, k=k, things=things))
         worked.append(rng.choice(_WORKED[sign]).format(a=value, k=k, b=result))
+        facts["steps"].append((sign, value, k, result))
         value = result
     told.append(rng.choice(_QUESTION).format(who=who, things=things))
-    return " ".join(told), " ".join([*worked, f"the answer is {value}"]), value
+    return " ".join(told), " ".join([*worked, f"the answer is {value}"]), facts | {"result": value}
 
 
 def score(text: str, about: dict[str, Any]) -> bool:
     """The number after the last "the answer is"."""
     found = re.findall(r"the answer is (\d+)(?!\d)", text)
     return bool(found) and int(found[-1]) == about["result"]
+
+
+def score_working(text: str, about: dict[str, Any]) -> bool:
+    """Stricter than `score`: the whole answer must be a right working, each sentence in any one of its phrasings."""
+    sentences = [[t.format(who=about["who"], n=about["start"], things=about["things"]) for t in _FIRST_SENTENCE]]
+    sentences += [[t.format(a=a, k=k, b=b) for t in _WORKED[sign]] for sign, a, k, b in about["steps"]]
+    working = " ".join("(?:" + "|".join(map(re.escape, phrasings)) + ")" for phrasings in sentences)
+    return re.fullmatch(rf"{working} the answer is {about['result']}", text) is not None
