@@ -287,10 +287,10 @@ def decode_step_(
         step.temperature, none, state,
     )  # fmt: skip
     finish_step[(batch,)](
-        *parts, stat_ids, stat_values, sequences, tokens, bytes_, progress, quota, bounds, weights, end_ids,
-        count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
-        len(end_ids),
-        ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, FILTER=step.filter_length,
+        *parts, stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights,
+        end_ids, count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id,
+        step.cut, len(end_ids),
+        ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
         FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=4,
         CHUNK=32, num_warps=8,
     )  # fmt: skip

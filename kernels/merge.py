@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dllm_engine.kernels.position_filter import position_filter
+
 NEG_INF = tl.constexpr(float("-inf"))
 NO_ID = tl.constexpr(2**31 - 1)
 PROGRESS = tl.constexpr(6)  # columns of DecodeState.progress
@@ -89,10 +91,10 @@ def finish_rows(floats, ints, out_ids, out_values, count, segments, SEGMENTS: tl
 
 @triton.jit
 def finish_step(
-    floats, ints, out_ids, out_values, sequences, tokens, undecided, progress, quota, bounds, weights, end_ids,
-    count, segments, width, length, prompt_length, block_length, fill_id, cut, end_count,
-    ALL_ROWS: tl.constexpr, DECIDED_IS_ONE: tl.constexpr, FILTER: tl.constexpr, FILTER_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    floats, ints, out_ids, out_values, sequences, tokens, undecided, predicted, progress, quota, bounds, weights,
+    end_ids, count, segments, width, length, prompt_length, block_length, fill_id, cut, end_count,
+    ALL_ROWS: tl.constexpr, DECIDED_IS_ONE: tl.constexpr, POSITION: tl.constexpr, FILTER: tl.constexpr,
+    FILTER_PAD: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One sequence: merge its rows, select, commit, end of text, progress. `reference.commit_` is the definition."""
     call_row = tl.program_id(0)
@@ -100,6 +102,7 @@ def finish_step(
     progress += b * PROGRESS
     tokens += b * length
     undecided += b * length
+    predicted += b * length
     start, old_end = tl.load(progress), tl.load(progress + 1)
     step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
     for first in range(0, width, ROWS):
@@ -127,11 +130,19 @@ def finish_step(
         other = tl.where(other >= least, other, least)
         before = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < i[:, None]))
         rank += tl.sum((before & there[None, :]).to(tl.int32), 1)
-    bound = tl.load(bounds + rank, mask=open_, other=float("inf"))
-    picked = tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0)
-    chosen = open_ & ((rank < picked) | (rank < tl.load(quota + step_in_block)))
-
-    if FILTER > 0:
+    chosen = open_ & (rank < tl.load(quota + step_in_block))
+    if FILTER == 0:
+        bound = tl.load(bounds + rank, mask=open_, other=float("inf"))
+        chosen = chosen | (open_ & (rank < tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0)))
+    elif POSITION:
+        row = out_values + call_row * width  # logit, second_logit, logsumexp, log_odds, entropy
+        stable = token == tl.load(predicted + start + i, mask=open_, other=-1)
+        out = position_filter(
+            row + 3 * count, row, row + count, row + 4 * count, undecided + start, stable, i, open_, width, weights,
+            FILTER, WIDTH, CHUNK,
+        )  # fmt: skip
+        chosen = chosen | (open_ & (out > cut))
+    else:
         f = tl.arange(0, FILTER_PAD)
         seen = (f < FILTER) & (f < width) & (start + f < old_end)
         value = tl.load(out_values + 3 * count + call_row * width + f, mask=seen, other=0.0).to(tl.float64)
@@ -155,10 +166,11 @@ def finish_step(
         out += tl.load(second + FILTER * FILTER + i, mask=i < width, other=0.0).to(tl.float64)
         chosen = chosen | (open_ & (out > cut))
     chosen = chosen & (failed == 0)
-    tl.debug_barrier()  # everyone has read `undecided`
+    tl.debug_barrier()  # everyone has read `undecided` and `predicted`
 
     tl.store(tokens + start + i, token, mask=chosen)
     tl.store(undecided + start + i, 0, mask=chosen)
+    tl.store(predicted + start + i, token, mask=open_)
     ended = i < 0
     for e in range(end_count):
         ended = ended | (token == tl.load(end_ids + e))

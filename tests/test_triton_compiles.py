@@ -17,7 +17,7 @@ POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
     "noise_keys": "i64", "sequences": "i64", "undecided": "u8", "progress": "i64", "seeds": "i64", "floats": "fp32",
     "ints": "i32", "out_ids": "i64", "out_values": "fp32", "tokens": "i64", "quota": "i64", "bounds": "fp32",
-    "weights": "fp32", "end_ids": "i64",
+    "weights": "fp32", "end_ids": "i64", "predicted": "i64",
 }  # fmt: skip
 ALIGNED = ("hidden", "head", "dim", "hidden_stride", "head_stride")  # as Triton finds them for a real model
 
@@ -98,11 +98,11 @@ def test_score_rows_variants(kernels: Any, extra: dict[str, Any], dtype: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("size", [0, 32])
-def test_finish_step(kernels: Any, arch: int, size: int) -> None:
+@pytest.mark.parametrize(("size", "position"), [(0, False), (32, False), (48, True), (128, True)])
+def test_finish_step(kernels: Any, arch: int, size: int, position: bool) -> None:
     constants = {
-        "ALL_ROWS": False, "DECIDED_IS_ONE": True, "FILTER": size, "FILTER_PAD": max(1, size), "WIDTH": 32,
-        "SEGMENTS": 256, "ROWS": 4, "CHUNK": 32,
+        "ALL_ROWS": False, "DECIDED_IS_ONE": True, "POSITION": position, "FILTER": size,
+        "FILTER_PAD": kernels._padded(size), "WIDTH": 32, "SEGMENTS": 256, "ROWS": 4, "CHUNK": 32,
     }  # fmt: skip
     registers, spilled, _, _ = report(kernels.finish_step, constants, arch, 8, 3)
     assert spilled == 0
