@@ -10,11 +10,15 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from test_decode_step import random_filter
 from test_weights import save
+from torch import Tensor
 
 from dllm_engine import LearnedFilter, LLaDA, decode
 from dllm_engine.filter import model_ids
-from dllm_engine.policies import Learn2PD
+from dllm_engine.policies import Learn2PD, as_rule
+from dllm_engine.reference import RowStats
+from dllm_engine.state import BlockState
 
 PUBLISHED = Path(__file__).parent / "golden" / "filter.safetensors"
 
@@ -142,3 +146,42 @@ def test_what_decided_and_ended_positions_feed_the_filter(convention: str, expec
             learned.linear2.bias.copy_(torch.tensor([-value, 0, 0, 0]))
         above, below = (Learn2PD(learned, 0.5 + shift).select(stats, block)[0, 0] for shift in (1e-6, -1e-6))
         assert (above.item(), below.item()) == (False, True)
+
+
+class Unfused(Learn2PD):
+    """The same decisions by its own `select`, so that no kernel takes them."""
+
+    asked = selected = 0
+
+    def select(self, stats: RowStats, state: BlockState) -> Tensor:
+        chosen = super().select(stats, state)
+        self.asked += int(state.undecided.sum())
+        self.selected += int(chosen.sum())
+        return chosen
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_kernel_and_select_give_the_same_decode(backend: str, cache: str, temperature: float) -> None:
+    model = tiny_model(seed=5)
+    model.lm_head[1] = model.lm_head[40] * 1.3  # texts end now and then
+    torch.manual_seed(3)
+    learned = random_filter(24)
+    fused, unfused = Learn2PD(learned, 0.5), Unfused(learned, 0.5)
+    rule = as_rule(fused, 8, torch.device("cpu"))
+    assert rule is not None
+    assert rule.position
+    assert as_rule(unfused, 8, torch.device("cpu")) is None
+    prompts = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 58]]
+    by_kernel, by_select = (
+        decode(
+            model, prompts, gen_length=48, block_length=16, policy=policy, cache=cache, temperature=temperature, seed=3,
+            backend=backend,
+        )
+        for policy in (fused, unfused)
+    )  # fmt: skip
+    assert torch.equal(by_kernel.sequences, by_select.sequences)
+    assert torch.equal(by_kernel.sequence_passes, by_select.sequence_passes)
+    assert 0 < unfused.selected < unfused.asked
+    assert by_kernel.forward_passes < 48

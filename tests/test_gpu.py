@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import matrices
 from conftest import GOLDEN
-from test_decode_step import fresh_state, rules_for
+from test_decode_step import STATE, fresh_state, rules_for
 
 from dllm_engine import LLaDA, backends, decode, ops
 
@@ -37,7 +37,7 @@ def test_decode_gives_the_tokens_of_the_cpu(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("name", ["threshold", "learn2pd-one"])
+@pytest.mark.parametrize("name", ["threshold", "learn2pd-one", "learn2pd-position"])
 def test_a_step_in_a_cuda_graph(backend: str, name: str) -> None:
     """Captured once, replayed until the block is done: the state moves as it does in eager steps."""
     if unavailable(backend):
@@ -51,18 +51,18 @@ def test_a_step_in_a_cuda_graph(backend: str, name: str) -> None:
         ops.decode_step_(hidden, head, state, sequences, rule, banned_ids=banned, backend=backend)
 
     graphed, expected = fresh_state(0, device="cuda"), fresh_state(0, device="cuda")
-    start = [t.clone() for t in (graphed.tokens, graphed.undecided, graphed.progress)]
+    start = {field: getattr(graphed, field).clone() for field in STATE}
     step(graphed)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(graphed)
-    for tensor, value in zip((graphed.tokens, graphed.undecided, graphed.progress), start, strict=True):
-        tensor.copy_(value)
+    for field, value in start.items():
+        getattr(graphed, field).copy_(value)
     for _ in range(2):
         graph.replay()
         step(expected)
-        for field in ("tokens", "undecided", "progress"):
+        for field in STATE:
             assert torch.equal(getattr(graphed, field), getattr(expected, field)), field
 
 

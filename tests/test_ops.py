@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import matrices
-from test_decode_step import fresh_state, rules_for
+from test_decode_step import STATE, fresh_state, rules_for
 
 from dllm_engine import backends, native, ops
 from dllm_engine.rules import Rule
@@ -21,21 +21,24 @@ NONE = torch.empty(0, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("learn2pd-one", torch.float32), ("learn2pd-one", torch.bfloat16), ("learn2pd-position", torch.float32)],
+)
+def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
     hidden, head = matrices(6, 16, 50, dtype)
     rows = torch.tensor([1, 5, 0], dtype=torch.int32)
     probes, keys = torch.tensor([[1], [2], [3]]), torch.arange(9).view(3, 3)
     arguments = (hidden, head, rows, torch.tensor([3], dtype=torch.int32), NONE, probes, 0.5, keys, backend)
     torch.library.opcheck(torch.ops.dllm.row_stats.default, arguments)
     state = fresh_state(0, batch=2)
-    rule = rules_for(8, "cpu")["learn2pd-one"]
+    rule = rules_for(8, "cpu")[name]
     hidden, head = matrices(16, 16, 50, dtype)
     step = (
         hidden.view(2, 8, 16), head, torch.tensor([1, 0]), state.tokens, state.undecided, state.predicted,
         state.progress, state.seeds,
         state.quota, rule.bounds, rule.weights, torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(5, 2, 8), NONE,
-        NONE, torch.tensor([1]), 3, 1, 0.0, rule.filter_length, rule.cut, True, False, False, backend,
+        NONE, torch.tensor([1]), 3, 1, 0.0, rule.filter_length, rule.cut, True, rule.position, False, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dllm.decode_step_.default, step)
 
@@ -119,6 +122,14 @@ def test_bad_argument(change: dict[str, Any], error: type[Exception], message: s
             ValueError,
             "a filter of 200 given; .* 8 to 128",
         ),
+        (
+            {"rule": Rule(torch.zeros(8), torch.zeros(17 * 129 + 1), position=True)},
+            ValueError,
+            "a filter of 129 given; .* 1 to 128",
+        ),
+        ({"rule": Rule(torch.zeros(8), torch.zeros(17 * 3), position=True)}, ValueError, "rule.weights: shape"),
+        ({"rule": Rule(torch.zeros(8), torch.empty(0), position=True)}, ValueError, "rule.weights: shape"),
+        ({"rule": Rule(torch.zeros(8), torch.zeros(1), position=True)}, ValueError, "a filter of 0 given"),
         ({"rule": Rule(torch.zeros(8), torch.full((144,), math.nan))}, ValueError, "rule.weights: .* not finite"),
         ({"end_ids": torch.tensor([1.0])}, TypeError, "end_ids: torch.float32 given"),
         ({"temperature": math.inf}, ValueError, "temperature: inf given"),
@@ -127,7 +138,7 @@ def test_bad_argument(change: dict[str, Any], error: type[Exception], message: s
 )
 def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], message: str) -> None:
     state = fresh_state(0, batch=2)
-    before = [t.clone() for t in (state.tokens, state.undecided, state.progress)]
+    before = [getattr(state, field).clone() for field in STATE]
     arguments: dict[str, Any] = {
         "hidden": matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16), "sequences": torch.arange(2),
         "rule": rules_for(8, "cpu")["threshold"],
@@ -136,7 +147,7 @@ def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], 
         ops.decode_step_(
             arguments.pop("hidden"), HEAD, state, arguments.pop("sequences"), arguments.pop("rule"), **arguments
         )
-    assert all(torch.equal(a, b) for a, b in zip(before, (state.tokens, state.undecided, state.progress), strict=True))
+    assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
 
 
 def test_scratch_is_at_most_a_megabyte() -> None:

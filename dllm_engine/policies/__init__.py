@@ -58,7 +58,7 @@ def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | N
         or type(policy).tokens is not Policy.tokens
     )
     rule = None if own else policy.rule(block_length, device)
-    return None if rule is None or rule.position or rule.filter_length > MAX_FILTER else rule
+    return None if rule is None or rule.filter_length > MAX_FILTER else rule
 
 
 def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:
