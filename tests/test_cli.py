@@ -193,9 +193,9 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("one token per step") == 12
     assert "all ten as one batch" in out
     rows = json.loads(run(capsys, "demo", "--json")[1])
-    assert [(r["prompts"]) for r in rows] == [10] * 6
-    slow, _, fast = rows[:3]
-    assert slow["policy"] == "topk"
+    assert [(r["prompts"]) for r in rows] == [10] * 8
+    slow, _, _, fast = rows[:4]
+    assert (slow["policy"], fast["policy"]) == ("topk", "auto")
     assert fast["forward_passes"] < slow["forward_passes"]
     assert fast["accuracy"] >= 0.7
 

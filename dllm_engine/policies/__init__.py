@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,4 +81,11 @@ def _shipped_filter(model: LLaDA) -> LearnedFilter:
             f"policy: 'learn2pd' by name needs {FILTER_FILE} beside the model's config.json; "
             "give Learn2PD('path/of/a/filter') instead"
         )
-    return LearnedFilter.from_pretrained(model.path / FILTER_FILE)
+    file = model.path / FILTER_FILE
+    return _read_filter(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_filter(file: Path, changed: int) -> LearnedFilter:
+    """Not read again for every decode; ``changed`` is the file's time."""
+    return LearnedFilter.from_pretrained(file)
