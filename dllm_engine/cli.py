@@ -289,8 +289,13 @@ def _info(args: argparse.Namespace) -> None:
     import torch
 
     from dllm_engine import backends, policies
+    from dllm_engine.config import LLaDAConfig
+    from dllm_engine.demo import DEMO_MODEL
     from dllm_engine.forward import CACHES
+    from dllm_engine.kv_cache import KVCache
 
+    config = LLaDAConfig.from_dict(json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8")))
+    per_token = KVCache.bytes_per_token(config, torch.float32)
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     example = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -305,6 +310,7 @@ def _info(args: argparse.Namespace) -> None:
         "caches": list(CACHES),
         "backends": {name: "ready" if reason is None else reason for name, reason in backends.available().items()},
         "auto backend": backends.resolve("auto", example, example),
+        "KV cache": f"built-in model, float32: {per_token:,} bytes a token, {1024 * per_token:,} for 1,024 tokens",
     }
     if args.json:
         print(json.dumps(facts, indent=1))

@@ -39,7 +39,7 @@ def predict_end_(
     batch, width, dim = hidden.shape
     columns = first[:, None] + torch.arange(width, device=first.device)
     rows = torch.arange(batch * width, device=first.device)
-    stats = ops.row_stats(hidden.reshape(-1, dim), lm_head, rows, **scoring).reshape(batch, width)
+    stats = ops.row_stats(hidden.reshape(-1, dim), lm_head, rows, values_known=True, **scoring).reshape(batch, width)
     says_end = torch.isin(stats.token, end_ids) & (stats.confidence >= CONFIDENCE)
     end = state.active_end[sequences]
     open_ = state.undecided[sequences[:, None], columns.clamp_max(state.length - 1)] & (columns < end[:, None])

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from dllm_engine.kv_cache import KVCache
+from dllm_engine.buffers import Buffers
+from dllm_engine.kv_cache import KVCache, LayerCache
 from dllm_engine.model import LLaDA
 from dllm_engine.state import DecodeState
 
 CACHES = ("none", "prefix", "dual")
+
+
+class Call(NamedTuple):
+    """What calls of the same sequences at the same blocks share: it is made when one of them moves on, not every step.
+
+    Attributes:
+        sequences: int64 [B'], or None for all in order. columns: those computed, a slice where all have the same, else
+            int64 [B', S].
+        prompt: bool, broadcastable to [B', S]: columns that guidance masks; None without it.
+        rope: cos and sin. key_mask: additive [rows, 1, 1, K], or None if all keys are seen.
+        caches: one a layer. block: the block's rows among those computed: a slice, or int64 [B', width, 1].
+    """
+
+    sequences: Tensor
+    everyone: bool
+    columns: slice | Tensor
+    prompt: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    key_mask: Tensor | None
+    caches: list[LayerCache] | None
+    block: slice | Tensor
 
 
 class Forward:
@@ -17,61 +41,121 @@ class Forward:
 
     A *refresh* computes every row of its sequences (with cache ``"none"`` every call does); a *block call* computes the
     block and, with ``"prefix"``, all that is right of it, against cached keys. Columns from a sequence's ``active_end``
-    on, and its padding, are no keys. Guidance doubles the batch: the second half has all prompt tokens masked and
-    cache rows of its own.
+    on, and its padding, are no keys. Guidance doubles the batch: each sequence is followed by itself with all prompt
+    tokens masked, with a cache row of its own.
     """
 
-    def __init__(self, model: LLaDA, state: DecodeState, *, cache: str, cfg_scale: float) -> None:
+    def __init__(self, model: LLaDA, state: DecodeState, buffers: Buffers, *, cache: str, cfg_scale: float) -> None:
         self.model, self.state, self.cache, self.cfg_scale = model, state, cache, cfg_scale
-        self.guided = cfg_scale > 0
-        batch = state.batch * (2 if self.guided else 1)
+        self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
         if cache != "none":
-            self.kv = KVCache(model.config, batch, state.length, model.dtype, model.device)
-        self.padded = bool(state.padding.any())  # host: once per decode, before the first call
+            shape = KVCache.shape(model.config, state.batch * self.ways, state.length)
+            self.kv = KVCache(buffers.take("KV cache", shape, model.dtype))
+        self.padding: list[int] = state.padding.tolist()  # host: once, before the first call
+        self.slots = list(range(state.batch))  # the sequence whose keys are in each slot
+        self.key: object = None
+        self.call: Call
+
+    def arrange(self, joining: list[int], *, refresh: bool) -> list[int]:
+        """The sequences in the order in which a call takes them.
+
+        A block call reads the cache as one view, so its sequences must fill the first slots: one that is behind a gap
+        moves into it. That is a copy for each sequence that ended, not for each call after that.
+        """
+        if self.kv is None or refresh:
+            return joining
+        wanted, slots, count = set(joining), self.slots, len(joining)
+        behind = [s for s in range(count, len(slots)) if slots[s] in wanted]
+        for gap in [s for s in range(count) if slots[s] not in wanted]:
+            source = behind.pop()
+            rows = (slice(s * self.ways, (s + 1) * self.ways) for s in (source, gap))
+            self.kv.move(*rows)
+            slots[gap], slots[source] = slots[source], slots[gap]
+        return slots[:count]
 
     def __call__(
-        self, sequences: Tensor, *, refresh: bool, width: int, first: int, shortest: int, longest: int
-    ) -> Tensor:
-        """Final hidden states of the first ``width`` block rows of each sequence.
+        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the first ``width`` rows of each sequence's block.
 
         Args:
-            sequences: int64 [B']. refresh: see the class.
-            first, shortest, longest: least block start, least and greatest ``active_end`` of the sequences; the host
-                knows them already.
+            joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s.
+            refresh: see the class.
 
         Returns:
-            [B', width, D]; float32 with guidance, else the model's dtype.
+            int64 [B'], the sequences; [B', width, D], float32 with guidance, else the model's dtype.
         """
-        state, every = self.state, torch.arange(longest, device=sequences.device)
-        start = state.block_start[sequences, None]
-        whole = refresh or self.kv is None
-        if whole:
-            columns = every.expand(len(sequences), -1)
+        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
+        if key != self.key:
+            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
+        call = self.call
+        if isinstance(call.columns, slice):
+            tokens = self.state.tokens[:, call.columns]
+            tokens = tokens if call.everyone else tokens.index_select(0, call.sequences)
         else:
-            columns = start + every[: width if self.cache == "dual" else longest - first]
+            tokens = self.state.tokens[call.sequences[:, None], call.columns]
+        if call.prompt is not None:
+            tokens = torch.stack((tokens, tokens.masked_fill(call.prompt, self.model.mask_id)), dim=1).flatten(0, 1)
+        hidden = self.model.hidden_states(tokens, call.rope, call.key_mask, call.caches)
+
+        if isinstance(call.block, slice):
+            hidden = hidden[:, call.block]
+        else:
+            hidden = hidden.gather(1, call.block.expand(-1, -1, hidden.shape[-1]))
+        if call.prompt is not None:
+            conditional, unconditional = hidden.float().unflatten(0, (-1, 2)).unbind(1)
+            hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
+        return call.sequences, hidden
+
+    def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
+        state, device, ways = self.state, self.state.tokens.device, self.ways
+        padding = [self.padding[b] for b in joining]
+        low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
+        aligned = first == min(starts) == max(starts)
+        whole = refresh or self.kv is None
+        where = torch.tensor([joining, starts, ends, padding], device=device)
+        sequences, start, end, pad = where[0], *where[1:, :, None].unbind(0)
+
+        columns: slice | Tensor
+        block: slice | Tensor = slice(0, width)
+        if whole:
+            columns, block = slice(low, longest), slice(first - low, first - low + width)
+            if not aligned:  # rows past the end are not active, but must exist
+                block = (start - low + torch.arange(width, device=device)).clamp_max(longest - low - 1)
+        elif aligned:
+            columns = slice(first, first + width if self.cache == "dual" else longest)
+        else:
+            columns = start + torch.arange(width if self.cache == "dual" else longest - min(starts), device=device)
             columns = torch.where(columns < longest, columns, state.length)  # ragged ends write to the spare column
-        tokens = state.tokens[sequences[:, None], columns.clamp_max(state.length - 1)]
-        padding = state.padding[sequences, None]
+        at = torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
+        at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
+        positions = (at - pad[: len(at)]).clamp_min(0)
 
         key_mask = None
-        if self.padded or shortest < longest:
-            key_mask = ((every >= padding) & (every < state.active_end[sequences, None]))[:, None, None, :]
-        rows = sequences
-        if self.guided:
-            blank = torch.where(columns < state.prompt_length, self.model.mask_id, tokens)
-            tokens, columns, padding = torch.cat((tokens, blank)), columns.repeat(2, 1), padding.repeat(2, 1)
-            rows = torch.cat((sequences, sequences + state.batch))
-            key_mask = None if key_mask is None else key_mask.repeat(2, 1, 1, 1)
-        positions = (columns.clamp_max(state.length - 1) - padding).clamp_min(0)
-        caches = self.kv.bind(rows, columns, longest) if self.kv is not None else None
-        hidden = self.model.hidden_states(tokens, positions, key_mask, caches)
+        if low < max(padding) or min(ends) < longest:
+            every = torch.arange(low, longest, device=device)
+            hidden_keys = ((every < pad) | (every >= end))[:, None, None, :]
+            # added to the scores: every layer would make this of a bool mask again
+            key_mask = torch.zeros(hidden_keys.shape, dtype=self.model.dtype, device=device)
+            key_mask.masked_fill_(hidden_keys, -torch.inf)
+        prompt = None
+        if ways == 2:
+            prompt = at < state.prompt_length
+            key_mask = None if key_mask is None else key_mask.repeat_interleave(2, 0)
+            positions = positions.repeat_interleave(2, 0) if len(positions) > 1 else positions
 
-        if whole:  # the block's rows among all of them; of a ragged call a few may lie past the end, and are not active
-            index = (state.block_start[rows % state.batch, None] + every[:width]).clamp_max(longest - 1)
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        hidden = hidden[:, :width]
-        if self.guided:
-            conditional, unconditional = hidden.float().chunk(2)
-            hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
-        return hidden
+        caches = None
+        if self.kv is not None and whole:
+            rows = [self.slots.index(b) * ways + way for b in joining for way in range(ways)]
+            caches = self.kv.whole(rows, slice(low, longest))
+        elif self.kv is not None:
+            spread = columns if isinstance(columns, slice) else columns.repeat_interleave(ways, 0)
+            caches = self.kv.block(len(joining) * ways, spread, slice(low, longest))
+        if isinstance(columns, Tensor):
+            columns = at
+        if isinstance(block, Tensor):
+            block = block.repeat_interleave(ways, 0)[..., None]
+        everyone = joining == list(range(state.batch))
+        rope = self.model.rope_tables(positions)
+        return Call(sequences, everyone, columns, prompt, rope, key_mask, caches, block)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dllm_engine import inputs
-from dllm_engine.decode import resolve_backend, run
+from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
+from dllm_engine.options import Options, resolve_backend
 from dllm_engine.policies import Random, TopK
-from dllm_engine.state import DecodeState
 
 _LLADA_MASK_ID = 126336  # the default of LLaDA's generate(): here it means the model's own mask id
 _REMASKING = {"low_confidence": TopK, "random": Random}
@@ -61,35 +61,20 @@ def generate(
     ids, padding = inputs.check_prompt(model, prompt, attention_mask)
     longest = ids.shape[1] - int(padding.min())  # host: input checks, once per call
     inputs.check_lengths(model, longest, gen_length=gen_length, block_length=block_length, steps=steps)
-    seeds = inputs.check_seeds(None, len(ids))
-    state = DecodeState(
-        ids,
-        padding,
-        gen_length=gen_length,
-        block_length=block_length,
-        steps=steps,
-        seeds=seeds,
-        mask_id=model.mask_id,
-        fill_id=model.fill_id,
-    )
     excluded: tuple[int, ...] = (model.fill_id,) if logits_eos_inf else ()
     if confidence_eos_eot_inf:
         excluded = model.end_ids
-    rule = _REMASKING[remasking]()
-    settings = {
-        "policy": rule,
-        "cache": "none",
-        "end_of_text": "off",
-        "backend": resolve_backend("auto", model, cfg_scale),
-        "seed": seeds,
-    }
-    return run(
-        model,
-        state,
-        rule,
-        settings,
+    options = Options(
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        policy=_REMASKING[remasking](),
+        cache="none",
+        end_of_text="off",
+        backend=resolve_backend("auto", model, cfg_scale),
         temperature=temperature,
         cfg_scale=cfg_scale,
         extra_banned=(model.fill_id,) if logits_eos_inf else (),
         excluded_ids=excluded,
-    ).sequences
+    )
+    return Engine.kept(model).run(ids, padding, options, inputs.check_seeds(None, len(ids))).sequences

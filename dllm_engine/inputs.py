@@ -42,6 +42,39 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
     return ids, padding
 
 
+def check_one(model: LLaDA, prompt: Any, index: int, longest: int) -> list[int]:
+    """Ids of one prompt of many, a list of ints or a LongTensor [P]; ``longest``: tokens that it may have.
+
+    Raises:
+        TypeError, ValueError: naming ``index``.
+    """
+    if isinstance(prompt, Tensor):
+        if prompt.ndim != 1 or prompt.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"prompts: prompt {index} has shape {list(prompt.shape)} and {prompt.dtype}; int64 [P] is needed"
+            )
+        ids = prompt.tolist()  # host: a prompt that comes as a tensor, before its first call
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        ids = list(prompt)
+    else:
+        raise TypeError(f"prompts: prompt {index} is a {type(prompt).__name__}; a list of ints is needed")
+    if not ids:
+        raise ValueError(f"prompts: prompt {index} is empty")
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise TypeError(f"prompts: prompt {index} holds something other than ints; encode text with model.tokenizer")
+    if len(ids) > longest:
+        raise ValueError(
+            f"prompts: prompt {index} has {len(ids)} tokens; {longest} fit the engine's max_length beside gen_length"
+        )
+    rows = model.config.embedding_size
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"prompts: prompt {index} holds id {low if low < 0 else high}; the model has ids 0 to {rows - 1}"
+        )
+    return ids
+
+
 def _padding(mask: Any, ids: Tensor) -> Tensor:
     if mask is None:
         return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dllm_engine.config import LLaDAConfig
 
 if TYPE_CHECKING:
+    from dllm_engine.engine import Engine
     from dllm_engine.kv_cache import LayerCache
 
 
@@ -109,6 +110,11 @@ class LLaDA(nn.Module):
         self.end_ids = config.eos_token_ids
         self._tokenizer: Any = None
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._engine: Engine | None = None  # see `engine.kept`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave buffers behind."""
+        return self.__dict__ | {"_engine": None}
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -198,7 +204,7 @@ class LLaDA(nn.Module):
     def hidden_states(
         self,
         tokens: Tensor,
-        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
         key_mask: Tensor | None = None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
@@ -206,15 +212,15 @@ class LLaDA(nn.Module):
 
         Args:
             tokens: LongTensor [B, S].
-            positions: LongTensor [B, S], RoPE positions, counted from each sequence's first real token.
-            key_mask: bool [B, 1, 1, K], False where a key must not be seen; None if all are seen. K is S without
-                caches, else the cached length.
+            rope: `rope_tables` of their positions, counted from each sequence's first real token.
+            key_mask: [B, 1, 1, K]: bool, False where a key must not be seen, or 0 and −inf in the model's dtype; None
+                if all are seen. K is S without caches, else the length that they show.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
 
         Returns:
             [B, S, D] in the model's dtype.
         """
-        cos, sin = self.rope_tables(positions)
+        cos, sin = rope
         x = self.wte(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, key_mask, caches[i] if caches is not None else None)
@@ -230,9 +236,9 @@ class LLaDA(nn.Module):
         b, length = input_ids.shape
         if attention_mask is None:
             positions = torch.arange(length, device=input_ids.device).expand(b, length)
-            hidden = self.hidden_states(input_ids, positions)
+            hidden = self.hidden_states(input_ids, self.rope_tables(positions))
         else:
             real = attention_mask.bool()
             positions = (real.long().cumsum(1) - 1).clamp_min(0)
-            hidden = self.hidden_states(input_ids, positions, real[:, None, None, :])
+            hidden = self.hidden_states(input_ids, self.rope_tables(positions), real[:, None, None, :])
         return F.linear(hidden, self.lm_head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ def row_stats(
     temperature: float = 0.0,
     noise_keys: Tensor | None = None,
     backend: str = "auto",
+    values_known: bool = False,
 ) -> RowStats:
     """Statistics of the rows ``hidden[rows] @ lm_head.T``; the logits themselves are never in memory.
 
@@ -55,6 +57,7 @@ def row_stats(
         temperature: draw ``token`` from softmax(logits / temperature); 0 takes the best.
         noise_keys: int64 [R, 3], needed with a temperature: seed, position and step of the row's sequence.
         backend: ``"auto"`` or a name of `backends.BACKENDS`.
+        values_known: the caller made ``rows`` and ``probe_ids`` itself; their values are not looked at.
 
     Raises:
         TypeError, ValueError: a bad argument, naming it. RuntimeError: a named backend that cannot run here.
@@ -74,7 +77,8 @@ def row_stats(
     elif temperature > 0:
         _check(noise_keys, "noise_keys", torch.int64, device, (count, 3))
     # eager calls skip the dispatcher (6 µs), compiled ones go through it
-    run = torch.ops.dllm.row_stats if torch.compiler.is_compiling() else _run_row_stats
+    eager = _row_stats if values_known else _run_row_stats
+    run = torch.ops.dllm.row_stats if torch.compiler.is_compiling() else eager
     return RowStats(
         *run(
             hidden,
@@ -102,6 +106,7 @@ def decode_step_(
     end_ids: Tensor | None = None,
     temperature: float = 0.0,
     backend: str = "auto",
+    known: bool = False,
 ) -> RowStats:
     """Score the rows of a block, decide by ``rule``, commit, end the text; ``state`` is changed in place.
 
@@ -111,6 +116,8 @@ def decode_step_(
         rule: see `rules.Rule`.
         banned_ids, excluded_ids, temperature, backend: as for `row_stats`.
         end_ids: int64 [E]; with them an end id committed at j ends the text there. None: end of text is off.
+        known: `check_step` has passed on such arguments and the state is the engine's own: a step of a decode checks
+            nothing again, and no value is looked at on the host.
 
     Returns:
         The statistics, fields [B', S]. Decided rows hold token 0 and log-odds −inf where a backend may leave them out.
@@ -118,34 +125,18 @@ def decode_step_(
     Raises:
         TypeError, ValueError: a bad argument, naming it. RuntimeError: a named backend that cannot run here.
     """
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
-        given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"hidden: {given} given; a tensor [B', S, D] is needed")
+    if not known:
+        check_step(hidden, lm_head, state, sequences, rule, end_ids=end_ids, temperature=temperature)
+        backend = backends.resolve(backend, hidden, lm_head)
     batch, width, _ = hidden.shape
     device = hidden.device
-    hidden = hidden if hidden.is_contiguous() else hidden.contiguous()
-    _check_matrices(hidden.flatten(0, 1), lm_head)
-    _check_temperature(temperature)
-    _check(sequences, "sequences", torch.int64, device, (batch,))
-    if not 0 < width <= len(state.quota):
-        raise ValueError(f"hidden: {width} rows a block given; 1 to the block length {len(state.quota)} allowed")
-    _check(state.tokens, "state", torch.int64, device, (state.batch, state.length))
-    _check(rule.bounds, "rule.bounds", torch.float32, device, (rule.bounds.numel(),))
-    if len(rule.bounds) < width:
-        raise ValueError(f"rule.bounds: {len(rule.bounds)} given; the block has {width} rows")
-    size = rule.filter_length
-    _check(rule.weights, "rule.weights", torch.float32, device, (rule.parameters,))
-    least = 1 if rule.position else width
-    if len(rule.weights) and not least <= size <= MAX_FILTER:
-        raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {least} to {MAX_FILTER}")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
-        raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read
+    hidden = hidden.contiguous()
     if end_ids is None:
         end_ids = torch.empty(0, dtype=torch.int64, device=device)
-    _check(end_ids, "end_ids", torch.int64, device, (len(end_ids),))
     ids = torch.zeros(2, batch, width, dtype=torch.int64, device=device)
     values = torch.full((5, batch, width), -math.inf, device=device)
-    run = torch.ops.dllm.decode_step_ if torch.compiler.is_compiling() else _run_decode_step_
+    eager = _decode_step_ if known else _run_decode_step_
+    run = torch.ops.dllm.decode_step_ if torch.compiler.is_compiling() else eager
     run(
         hidden,
         lm_head,
@@ -166,17 +157,53 @@ def decode_step_(
         state.prompt_length,
         state.fill_id,
         float(temperature),
-        size,
+        rule.filter_length,
         rule.cut,
         rule.decided_is_one,
         rule.position,
         rule.reads_decided,
-        backends.resolve(backend, hidden, lm_head),
+        backend,
     )
     token, second_token = ids.unbind()
     logit, second_logit, logsumexp, log_odds, entropy = values.unbind()
     none = values.new_empty(batch, width, 0)
     return RowStats(token, logit, second_token, second_logit, logsumexp, log_odds, entropy, none)
+
+
+def check_step(
+    hidden: Tensor,
+    lm_head: Tensor,
+    state: DecodeState,
+    sequences: Tensor,
+    rule: Rule,
+    *,
+    end_ids: Tensor | None,
+    temperature: float,
+) -> None:
+    """Raise TypeError or ValueError, naming it, for an argument that `decode_step_` cannot take."""
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: {given} given; a tensor [B', S, D] is needed")
+    batch, width, _ = hidden.shape
+    device = hidden.device
+    _check_matrices(hidden.contiguous().flatten(0, 1), lm_head)
+    _check_temperature(temperature)
+    _check(sequences, "sequences", torch.int64, device, (batch,))
+    if not 0 < width <= len(state.quota):
+        raise ValueError(f"hidden: {width} rows a block given; 1 to the block length {len(state.quota)} allowed")
+    _check(state.tokens, "state", torch.int64, device, (state.batch, state.length))
+    _check(rule.bounds, "rule.bounds", torch.float32, device, (rule.bounds.numel(),))
+    if len(rule.bounds) < width:
+        raise ValueError(f"rule.bounds: {len(rule.bounds)} given; the block has {width} rows")
+    size = rule.filter_length
+    _check(rule.weights, "rule.weights", torch.float32, device, (rule.parameters,))
+    least = 1 if rule.position else width
+    if len(rule.weights) and not least <= size <= MAX_FILTER:
+        raise ValueError(f"rule.weights: a filter of {size} given; a block of {width} needs {least} to {MAX_FILTER}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
+        raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read
+    if end_ids is not None:
+        _check(end_ids, "end_ids", torch.int64, device, (len(end_ids),))
 
 
 def block_stats(
@@ -199,7 +226,10 @@ def block_stats(
     batch, width, _ = hidden.shape
     keys = block.noise_keys.flatten(0, 1)
     some = not reads_decided and hidden.device.type == "cpu"
-    rows = block.undecided.flatten().nonzero()[:, 0] if some else torch.arange(batch * width, device=hidden.device)
+    if some:
+        rows = block.undecided.flatten().nonzero()[:, 0]  # host: of a CPU: nothing to wait for, and rows are saved
+    else:
+        rows = torch.arange(batch * width, device=hidden.device)
     stats = row_stats(
         hidden.flatten(0, 1),
         lm_head,
@@ -209,6 +239,7 @@ def block_stats(
         temperature=temperature,
         noise_keys=keys[rows] if temperature > 0 else None,
         backend=backend,
+        values_known=True,
     )
     if some:
 
@@ -219,52 +250,25 @@ def block_stats(
     return stats.reshape(batch, width)
 
 
-def _run_row_stats(
-    hidden: Tensor,
-    lm_head: Tensor,
-    rows: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    probe_ids: Tensor,
-    temperature: float,
-    noise_keys: Tensor,
-    backend: str,
-) -> tuple[Tensor, ...]:
+# The op's arguments in the schema's order. A step of a decode comes in below the looks at values, which would wait for
+# the device; a compiled call and a caller of its own come in above.
+
+
+def _run_row_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, lm_head, rows, _, _, probe_ids, *_ = arguments
     if rows.device.type == "cpu":  # values can be read without a wait; on a GPU the kernels guard themselves
         _in_range(rows, "rows", len(hidden))
         _in_range(probe_ids, "probe_ids", len(lm_head))
-    run = backends.BACKENDS[backend].row_stats
-    return run(hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys)
+    return _row_stats(*arguments)
 
 
-def _run_decode_step_(
-    hidden: Tensor,
-    lm_head: Tensor,
-    sequences: Tensor,
-    tokens: Tensor,
-    undecided: Tensor,
-    predicted: Tensor,
-    progress: Tensor,
-    seeds: Tensor,
-    quota: Tensor,
-    bounds: Tensor,
-    weights: Tensor,
-    stat_ids: Tensor,
-    stat_values: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    end_ids: Tensor,
-    prompt_length: int,
-    fill_id: int,
-    temperature: float,
-    filter_length: int,
-    cut: float,
-    decided_is_one: bool,
-    position: bool,
-    all_rows: bool,
-    backend: str,
-) -> None:
-    step = Step(prompt_length, fill_id, temperature, filter_length, cut, decided_is_one, position, all_rows)
+def _row_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors_and_numbers, backend = arguments
+    return backends.BACKENDS[backend].row_stats(*tensors_and_numbers)
+
+
+def _run_decode_step_(*arguments: Any) -> None:
+    hidden, _, sequences, tokens, _, _, progress, _, quota, *_ = arguments
     if sequences.device.type == "cpu":
         _in_range(sequences, "sequences", len(tokens))
         if len(sequences.unique()) < len(sequences):
@@ -272,25 +276,12 @@ def _run_decode_step_(
         start = progress[sequences, 0]
         _in_range(start, "state.progress", tokens.shape[1] - hidden.shape[1] + 1)
         _in_range(progress[sequences, 2], "state.progress", len(quota))
-    backends.BACKENDS[backend].decode_step_(
-        hidden,
-        lm_head,
-        sequences,
-        tokens,
-        undecided,
-        predicted,
-        progress,
-        seeds,
-        quota,
-        bounds,
-        weights,
-        stat_ids,
-        stat_values,
-        banned_ids,
-        excluded_ids,
-        end_ids,
-        step,
-    )
+    _decode_step_(*arguments)
+
+
+def _decode_step_(*arguments: Any) -> None:
+    tensors, numbers, backend = arguments[:16], arguments[16:-1], arguments[-1]
+    backends.BACKENDS[backend].decode_step_(*tensors, Step(*numbers))
 
 
 def _fake_row_stats(

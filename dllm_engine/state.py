@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_engine.buffers import Buffers
+
 
 @dataclass(frozen=True)
 class BlockState:
@@ -65,20 +67,52 @@ class DecodeState:
         seeds: Sequence[int],
         mask_id: int,
         fill_id: int,
+        buffers: Buffers | None = None,
     ) -> None:
+        """``prompt`` int64 [B, P] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
         batch, self.prompt_length = prompt.shape
         self.batch, self.length = batch, self.prompt_length + gen_length
-        self.block_length, self.fill_id = block_length, fill_id
-        device = prompt.device
-        canvas = torch.full((batch, gen_length), mask_id, dtype=torch.int64, device=device)
-        self.tokens = torch.cat((prompt, canvas), dim=1)
-        self.undecided = (torch.arange(self.length, device=device) >= self.prompt_length).expand(batch, -1).clone()
-        self.predicted = torch.full_like(self.tokens, -1)
+        self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
+        device, shape = prompt.device, (batch, self.length)
+        buffers = buffers or Buffers(device)
+        self.tokens, self.undecided, self.predicted, self.progress = self.canvas(buffers, *shape)
         self.padding = padding
-        start = [self.prompt_length, self.length, 0, self.length, 0, gen_length]
-        self.progress = torch.tensor([start] * batch, device=device)
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
         self.quota = _quota_table(gen_length, block_length, steps).to(device)
+        self._begin(slice(None), prompt)
+
+    @staticmethod
+    def canvas(buffers: Buffers, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """tokens, undecided, predicted and progress from the engine's memory."""
+        shape = batch, length
+        return (
+            buffers.take("tokens", shape, torch.int64),
+            buffers.take("undecided", shape, torch.bool),
+            buffers.take("predicted", shape, torch.int64),
+            buffers.take("progress", (batch, 6), torch.int64),
+        )
+
+    @property
+    def start(self) -> list[int]:
+        """A sequence's row of ``progress`` before its first call."""
+        return [self.prompt_length, self.length, 0, self.length, 0, self.length - self.prompt_length]
+
+    def admit(self, sequence: int, prompt: Sequence[int], seed: int) -> None:
+        """A new prompt takes the place of a sequence that is finished."""
+        padding = self.prompt_length - len(prompt)
+        ids = torch.tensor([self.fill_id] * padding + list(prompt), device=self.tokens.device)
+        self.padding[sequence], self.seeds[sequence] = padding, seed
+        self._begin(slice(sequence, sequence + 1), ids[None])
+
+    def _begin(self, sequences: slice, prompt: Tensor) -> None:
+        for tensor, of_prompt, of_canvas in (
+            (self.tokens, prompt, self.mask_id),
+            (self.undecided, False, True),
+            (self.predicted, -1, -1),
+        ):
+            tensor[sequences, : self.prompt_length] = of_prompt
+            tensor[sequences, self.prompt_length :] = of_canvas
+        self.progress[sequences] = torch.tensor(self.start, device=prompt.device)
 
     @classmethod
     def of(

@@ -1,42 +1,83 @@
-"""Feeding a streamer (transformers' ``TextDiffusionStreamer`` protocol) from a decode of one sequence."""
+"""Telling a streamer what a decode commits: transformers' ``TextDiffusionStreamer`` protocol, or a plain callable."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from dllm_engine.state import DecodeState
 
 
-class SequenceStream:
-    """Calls ``put(prompt)``, then a ``put_draft`` a step and a ``put`` a finished block, then ``end``; on None nothing.
+class Stream(Protocol):
+    """What a decode tells: a ``step`` a call, then the ``end``."""
+
+    def step(self, joined: list[int], where: list[list[int]]) -> None:
+        """``joined`` took part in the call; ``where``: `DecodeState.progress` after it."""
+
+    def end(self) -> None: ...
+
+
+def stream_to(streamer: Any, state: DecodeState, names: list[int]) -> Stream | None:
+    """The stream for a ``streamer`` argument; None for None. ``names``: what a callable knows the sequences by.
 
     Raises:
-        TypeError: the streamer lacks one of the three methods. ValueError: more than one sequence.
+        TypeError: neither a callable nor an object with the three methods. ValueError: the latter with a batch.
     """
+    if streamer is None:
+        return None
+    missing = [m for m in ("put", "put_draft", "end") if not callable(getattr(streamer, m, None))]
+    if missing and callable(streamer):
+        return BlockStream(streamer, state, names)
+    if missing:
+        raise TypeError(f"streamer: {type(streamer).__name__} has no {missing[0]}()")
+    if state.batch > 1:
+        raise ValueError(f"streamer: takes one sequence, the batch has {state.batch}; a callable takes any number")
+    return SequenceStream(streamer, state)
+
+
+def _settled(row: list[int]) -> int:
+    """The column up to which a sequence is final: its block's start, or the end of the text."""
+    start, end, *_, left = row
+    return min(start, end) if left else end
+
+
+class BlockStream:
+    """Calls ``streamer(name, tokens)`` once a committed block; ``tokens`` is int64 [≤ block_length + 1] on the CPU (the
+    token that ends the text may follow a block) and reaches no farther than the end of the text.
+    """
+
+    def __init__(self, streamer: Callable[[int, Tensor], Any], state: DecodeState, names: list[int]) -> None:
+        self.streamer, self.state, self.names = streamer, state, names
+        self.told = [state.prompt_length] * state.batch
+
+    def step(self, joined: list[int], where: list[list[int]]) -> None:
+        for b in joined:
+            told, settled, left = self.told[b], _settled(where[b]), where[b][-1]
+            if settled > told:
+                self.streamer(self.names[b], self.state.tokens[b, told:settled].to("cpu", copy=True))
+            # a finished sequence's place may be taken by a new prompt
+            self.told[b] = settled if left else self.state.prompt_length
+
+    def end(self) -> None:
+        pass
+
+
+class SequenceStream:
+    """Calls ``put(prompt)``, then a ``put_draft`` a step and a ``put`` a finished block, then ``end``."""
 
     def __init__(self, streamer: Any, state: DecodeState) -> None:
         self.streamer, self.state, self.told = streamer, state, state.prompt_length
-        if streamer is None:
-            return
-        for method in ("put", "put_draft", "end"):
-            if not callable(getattr(streamer, method, None)):
-                raise TypeError(f"streamer: {type(streamer).__name__} has no {method}()")
-        if state.batch > 1:
-            raise ValueError(f"streamer: takes one sequence, the batch has {state.batch}")
-        streamer.put(state.tokens[:, : state.prompt_length].cpu())
+        streamer.put(state.tokens[:, : self.told].to("cpu", copy=True))
 
-    def step(self, where: list[int]) -> None:
-        """After a step: ``where`` is the sequence's row of `DecodeState.progress`."""
-        if self.streamer is None:
-            return
-        start, end = where[:2]
-        done = min(start, end)
-        if done > self.told:
-            self.streamer.put(self.state.tokens[0, self.told : done].cpu())
-            self.told = done
-        if done < end:
-            self.streamer.put_draft(self.state.tokens[:, self.told : end].cpu())
+    def step(self, joined: list[int], where: list[list[int]]) -> None:
+        settled, end = _settled(where[0]), where[0][1]
+        if settled > self.told:
+            self.streamer.put(self.state.tokens[0, self.told : settled].to("cpu", copy=True))
+            self.told = settled
+        if settled < end:
+            self.streamer.put_draft(self.state.tokens[:, settled:end].to("cpu", copy=True))
 
     def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()
+        self.streamer.end()

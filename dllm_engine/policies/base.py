@@ -21,6 +21,7 @@ class Policy:
     reads_decided = (
         True  # False where `score` and `select` ignore the statistics of decided positions: saves their rows
     )
+    of_one_batch = False  # True where the rule knows something of each sequence of its batch: not for `generate_many`
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
         """Rank of each position, float32 [B, S], higher first; log-odds of ``token`` unless a rule says otherwise."""

@@ -22,6 +22,7 @@ class Oracle(Policy):
 
     name = "oracle"
     reads_decided = False
+    of_one_batch = True
 
     def __init__(self, answer: Tensor) -> None:
         if not isinstance(answer, Tensor) or answer.dtype != torch.int64:
