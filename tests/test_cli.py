@@ -182,6 +182,7 @@ def test_info_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert "backend eager   ready" in out
     facts = json.loads(run(capsys, "info", "--json")[1])
+    assert facts["KV cache"] == "built-in model, float32: 4,096 bytes a token, 4,194,304 for 1,024 tokens"
     assert facts["dllm-engine"] == dllm_engine.__version__
     assert facts["backends"]["eager"] == "ready"
     assert run(capsys, "--version")[1] == f"dllm-engine {dllm_engine.__version__}\n"

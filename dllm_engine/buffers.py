@@ -1,0 +1,71 @@
+"""Storage that outlives a call, and the check that it fits before it is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """Flat storages by name. A call takes contiguous views of the shapes that it needs, so that small batches of long
+    prompts and large ones of short prompts share the same bytes, and kernels see the strides of a fresh tensor.
+
+    Storages start as zeros and only grow; a view holds what the call before left there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The first elements of storage ``name`` as ``shape``; views taken before a growth keep the old bytes.
+
+        Raises:
+            MemoryError: the storage must grow and the device has not that many bytes left.
+        """
+        count = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < count or flat.dtype != dtype:
+            del flat
+            self._flat.pop(name, None)  # freed first: old and new need not fit beside each other
+            check_fits(name, count * dtype.itemsize, self.device)
+            flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
+        return flat[:count].view(*shape)
+
+    def zero(self) -> None:
+        """Back to zeros: after a failed call, whose NaNs would get through a mask (0 · NaN is NaN)."""
+        for flat in self._flat.values():
+            flat.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that an allocation may take now; None where the system does not tell."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def check_fits(name: str, needed: int, device: torch.device) -> None:
+    """Raise MemoryError if ``needed`` bytes are more than the device has left."""
+    available = available_bytes(device)
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"{name}: {needed:,} bytes needed, {available:,} available on {device};"
+            " fewer sequences at once or shorter ones need less"
+        )

@@ -1,0 +1,289 @@
+"""The engine: owns the buffers of decoding, runs batches, and keeps its rows busy over any number of prompts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dllm_engine import continuous, inputs
+from dllm_engine.buffers import Buffers
+from dllm_engine.kv_cache import KVCache
+from dllm_engine.loop import Loop
+from dllm_engine.model import LLaDA
+from dllm_engine.options import Options, resolve_backend
+from dllm_engine.outputs import DecodeOutput, Generated
+from dllm_engine.policies import Policy
+from dllm_engine.state import DecodeState
+from dllm_engine.streaming import stream_to
+
+_KEEPING = threading.Lock()
+
+
+class Engine:
+    """Decodes with buffers that are allocated once and used again by every call.
+
+    Calls from several threads queue. While an iterator of `generate_many` is open, other calls raise.
+    """
+
+    def __init__(
+        self, model: LLaDA | nn.Module, *, max_batch: int, max_length: int, cache: str = "dual", backend: str = "auto"
+    ) -> None:
+        """Allocates canvas and KV cache; guidance doubles it when first used.
+
+        Args:
+            max_batch: sequences at once.
+            max_length: columns of one: prompt, its padding, generation.
+            cache, backend: what the calls use if they do not say.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a bad argument, or a backend that cannot run here.
+            MemoryError: the device has not that many bytes left.
+        """
+        for name, value in (("max_batch", max_batch), ("max_length", max_length)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
+        inputs.check_options(cache=cache, end_of_text="auto", temperature=0.0, cfg_scale=0.0)
+        loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
+        resolve_backend(backend, loaded, 0.0)
+        self.max_batch, self.max_length, self.cache, self.backend = max_batch, max_length, cache, backend
+        self._model: Callable[[], LLaDA | None] = lambda: loaded
+        self._buffers: Buffers | None = Buffers(loaded.device)
+        self._lock = threading.RLock()  # re-entrant: a streamer that calls its own engine gets an error, not a deadlock
+        self._busy = self._grows = False
+        with torch.inference_mode():
+            if cache != "none":
+                self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, max_length), loaded.dtype)
+            DecodeState.canvas(self._buffers, max_batch, max_length)
+
+    @classmethod
+    def kept(cls, model: LLaDA) -> Engine:
+        """The one that `dllm_engine.decode` keeps on a model; it grows with the calls."""
+        with _KEEPING:
+            engine = model._engine
+            if engine is None:
+                engine = model._engine = cls(model, max_batch=1, max_length=1, cache="none")
+                engine._grows = True
+                engine._model = weakref.ref(model)  # in a cycle, a dropped model would wait for the garbage collector
+            return engine
+
+    @property
+    def model(self) -> LLaDA:
+        model = self._model()
+        assert model is not None  # only `kept` holds it weakly, and is reached through it
+        return model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._buffers.nbytes if self._buffers is not None else 0
+
+    def close(self) -> None:
+        """Give the buffers back (what is running ends first); later calls raise RuntimeError."""
+        with self._lock:
+            self._buffers = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        *,
+        attention_mask: Tensor | None = None,
+        gen_length: int = 128,
+        block_length: int = 32,
+        steps: int | None = None,
+        policy: Policy | str = "auto",
+        cache: str | None = None,
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        end_of_text: str = "auto",
+        seed: int | Sequence[int] | None = None,
+        backend: str | None = None,
+        streamer: Any = None,
+    ) -> DecodeOutput:
+        """See `dllm_engine.decode`; ``cache`` and ``backend`` are by default the engine's.
+
+        Raises:
+            ValueError: also for more than the engine's ``max_batch`` or ``max_length``.
+            RuntimeError: also if the engine is closed, or an iterator of `generate_many` is open.
+            MemoryError: guidance needs twice the KV cache, and it does not fit.
+        """
+        model = self.model
+        prompt, padding = inputs.check_prompt(model, input_ids, attention_mask)
+        options = Options.resolve(
+            model,
+            longest_prompt=prompt.shape[1] - int(padding.min()),  # host: input checks, once per decode
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            policy=policy,
+            cache=self.cache if cache is None else cache,
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            end_of_text=end_of_text,
+            backend=self.backend if backend is None else backend,
+        )
+        return self.run(prompt, padding, options, inputs.check_seeds(seed, len(prompt)), streamer)
+
+    def run(
+        self, prompt: Tensor, padding: Tensor, options: Options, seeds: list[int], streamer: Any = None
+    ) -> DecodeOutput:
+        """`decode` on checked arguments; in inference mode."""
+        batch, length = len(prompt), prompt.shape[1] + options.gen_length
+        if not self._grows and (batch > self.max_batch or length > self.max_length):
+            raise ValueError(
+                f"input_ids: {batch} sequences of {length} columns given;"
+                f" this engine was made for {self.max_batch} of {self.max_length}"
+            )
+        with self._lock, self._lent() as buffers:
+            model = self.model
+            state = DecodeState(
+                prompt,
+                padding,
+                gen_length=options.gen_length,
+                block_length=options.block_length,
+                steps=options.steps,
+                seeds=seeds,
+                mask_id=model.mask_id,
+                fill_id=model.fill_id,
+                buffers=buffers,
+            )
+            stream = stream_to(streamer, state, list(range(batch)))
+            loop = Loop(model, state, options, buffers)
+            while joined := loop.step():
+                loop.check(joined, "sequence {} at position {}".format)
+                if stream is not None:
+                    stream.step(joined, loop.where)
+            if stream is not None:
+                stream.end()
+            is_end = torch.isin(state.tokens[:, state.prompt_length :], loop.end_ids)
+            return DecodeOutput(
+                sequences=state.tokens.clone(),  # the canvas is the next call's
+                forward_passes=loop.passes,
+                sequence_passes=state.step.clone(),
+                generated_tokens=(is_end.cumsum(1) == 0).sum(1),
+                settings=options.told(seeds),
+            )
+
+    def generate_many(
+        self,
+        prompts: Iterable[Sequence[int] | Tensor],
+        *,
+        gen_length: int = 128,
+        block_length: int = 32,
+        steps: int | None = None,
+        policy: Policy | str = "auto",
+        cache: str | None = None,
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        end_of_text: str = "auto",
+        seed: int | None = None,
+        backend: str | None = None,
+        streamer: Callable[[int, Tensor], Any] | None = None,
+        progress: bool = False,
+    ) -> Iterator[Generated]:
+        """Decode any number of prompts, ``max_batch`` at a time, and yield each as soon as it is finished.
+
+        Results come **in order of completion**; ``index`` says of which prompt. Each equals the `decode` of that prompt
+        alone with seed ``seed + index``. A prompt is taken from ``prompts`` only when a row is free for it. Until the
+        iterator is exhausted or closed, the engine takes no other call.
+
+        Args:
+            prompts: lists of ids or LongTensors [P], of at most ``max_length - gen_length`` tokens each.
+            streamer: called once a committed block with the prompt's index and a LongTensor.
+            progress: draw a bar.
+
+        Raises:
+            TypeError, ValueError: a bad option, at once; a bad prompt, by its index, after everything before it has
+                been yielded. So is what ``prompts`` raises.
+            RuntimeError: as for `decode`; on NaN, naming prompt and position.
+        """
+        model = self.model
+        options = Options.resolve(
+            model,
+            longest_prompt=1,
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            policy=policy,
+            cache=self.cache if cache is None else cache,
+            temperature=temperature,
+            cfg_scale=cfg_scale,
+            end_of_text=end_of_text,
+            backend=self.backend if backend is None else backend,
+        )
+        if options.policy.of_one_batch:
+            raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
+        if self.max_length <= gen_length:
+            raise ValueError(
+                f"gen_length: {gen_length} given; max_length {self.max_length} leaves no room for a prompt"
+            )
+        if not isinstance(prompts, Iterable) or isinstance(prompts, str):
+            raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")
+        if streamer is not None and not callable(streamer):
+            raise TypeError(f"streamer: {type(streamer).__name__} given; generate_many takes a callable")
+        return self._many(prompts, options, inputs.check_seeds(seed, 1)[0], streamer, progress)
+
+    @torch.inference_mode()
+    def _many(
+        self,
+        prompts: Iterable[Sequence[int] | Tensor],
+        options: Options,
+        seed: int,
+        streamer: Callable[[int, Tensor], Any] | None,
+        progress: bool,
+    ) -> Iterator[Generated]:
+        longest = min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
+        with self._lent() as buffers:
+            results: Iterable[Generated] = continuous.generate(
+                self.model,
+                prompts,
+                options,
+                buffers,
+                rows=self.max_batch,
+                longest=longest,
+                seed=seed,
+                streamer=streamer,
+            )
+            if progress:
+                from tqdm import tqdm
+
+                total = len(prompts) if isinstance(prompts, Sequence | Tensor) else None
+                results = tqdm(results, total=total, unit="prompt")
+            for result in results:
+                yield result
+                if self._buffers is not buffers:
+                    raise RuntimeError("this engine was closed while it was generating")
+
+    @contextmanager
+    def _lent(self) -> Iterator[Buffers]:
+        """The buffers, to one user at a time."""
+        with self._lock:
+            if self._buffers is None:
+                raise RuntimeError("this engine is closed")
+            if self._busy:
+                raise RuntimeError("this engine is busy: finish or close the iterator of generate_many first")
+            if self._buffers.device != self.model.device:  # the model was moved
+                self._buffers = Buffers(self.model.device)
+            self._busy, buffers = True, self._buffers
+        try:
+            yield buffers
+        except GeneratorExit:
+            raise
+        except BaseException:
+            with torch.inference_mode():
+                buffers.zero()
+            raise
+        finally:
+            self._busy = False

@@ -1,0 +1,117 @@
+"""The loop of a decode: model call, statistics, rule, commit; then one small read tells the host where each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dllm_engine import ops, policies
+from dllm_engine.buffers import Buffers
+from dllm_engine.end_of_text import predict_end_
+from dllm_engine.forward import Forward
+from dllm_engine.model import LLaDA
+from dllm_engine.options import Options
+from dllm_engine.reference import commit_
+from dllm_engine.state import DecodeState
+
+
+class Loop:
+    """Moves the sequences of a state on, one model call a `step`, until none has an undecided position.
+
+    Attributes:
+        where: `DecodeState.progress` on the host, as the last step left it.
+        passes: model calls made.
+    """
+
+    def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
+        device, policy = model.device, options.policy
+        self.model, self.state, self.policy = model, state, policy
+        self.forward = Forward(model, state, buffers, cache=options.cache, cfg_scale=options.cfg_scale)
+        banned = (model.mask_id, *range(model.vocab_size, len(model.lm_head)), *options.extra_banned)
+        self.scoring: dict[str, Any] = {
+            "banned_ids": ops.id_tensor(banned, device),
+            "excluded_ids": ops.id_tensor(options.excluded_ids, device),
+            "temperature": options.temperature,
+            "backend": options.backend,
+        }
+        self.end_ids = torch.tensor(model.end_ids, device=device)
+        self.stopping_ids = self.end_ids if options.end_of_text != "off" else None
+        self.predicts = options.end_of_text == "predicted"
+        self.cached = options.cache != "none"
+        policy.begin(state)
+        self.rule = policies.as_rule(policy, state.block_length, device)
+        if self.rule is not None:  # once for all steps
+            dtype = torch.float32 if options.cfg_scale else model.dtype
+            hidden = torch.empty(1, state.block_length, model.lm_head.shape[1], dtype=dtype, device=device)
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            ops.check_step(
+                hidden,
+                model.lm_head,
+                state,
+                first,
+                self.rule,
+                end_ids=self.stopping_ids,
+                temperature=options.temperature,
+            )
+        self.passes = 0
+        self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
+
+    def admit(self, row: int, prompt: Sequence[int], seed: int) -> None:
+        """A new prompt begins in the row of a finished sequence."""
+        self.state.admit(row, prompt, seed)
+        self.where[row] = self.state.start
+        self.forward.padding[row] = self.state.prompt_length - len(prompt)
+
+    def step(self) -> list[int]:
+        """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""
+        where, state, model, block_length = self.where, self.state, self.model, self.state.block_length
+        unfinished = [b for b, (*_, left) in enumerate(where) if left > 0]
+        if not unfinished:
+            return []
+        beginning = [b for b in unfinished if where[b][2] == 0]
+        refresh = self.cached and bool(beginning)
+        joining = self.forward.arrange(beginning if refresh else unfinished, refresh=refresh)
+        starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
+        width = min(block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
+        ahead = [b for b in beginning if self.predicts and where[b][1] > where[b][0] + block_length]
+
+        rows = max(ends) - min(starts) if ahead else width
+        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
+        hidden, beyond = hidden[:, :width], hidden[:, block_length:]
+        if self.rule is not None:
+            ops.decode_step_(
+                hidden,
+                model.lm_head,
+                state,
+                sequences,
+                self.rule,
+                end_ids=self.stopping_ids,
+                known=True,
+                **self.scoring,
+            )
+        else:
+            block, policy = state.block(sequences, width), self.policy
+            stats = ops.block_stats(hidden, model.lm_head, block, reads_decided=policy.reads_decided, **self.scoring)
+            decisions = [f(stats, block) for f in (policy.score, policy.select, policy.tokens)]
+            commit_(state, block, stats, *decisions, end_ids=self.stopping_ids)
+
+        if ahead:
+            chosen = torch.tensor([joining.index(b) for b in ahead], device=hidden.device)
+            first = torch.tensor([where[b][0] + block_length for b in ahead], device=hidden.device)
+            scoring = self.scoring | {"temperature": 0.0}
+            predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, self.end_ids, scoring)
+
+        self.passes += 1
+        self.where = state.progress.tolist()  # host: the one read between steps; decides who joins the next call
+        return joining
+
+    def check(self, joined: list[int], describe: Callable[[int, int], str]) -> None:
+        """Raise RuntimeError if a sequence of the last step has no token; ``describe``: (sequence, column) -> name."""
+        for b in joined:
+            if self.where[b][3] < self.state.length:
+                raise RuntimeError(
+                    f"no valid token for {describe(b, self.where[b][3])}:"
+                    " the model gave NaN or infinite logits, or every id is banned"
+                )
