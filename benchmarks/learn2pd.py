@@ -32,9 +32,9 @@ from dllm_engine.evaluate import Row, Setting, paired_loss, run_all, summary
 from dllm_engine.samples import canvas_for
 from dllm_engine.tasks.sums import score_working
 
-THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
-FACTORS = (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0)
-FILTERED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
+FACTORS = (0.5, 0.7, 1.0, 1.2, 1.4, 1.6, 2.0)
+FILTERED = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
 
 
 def questions(model: LLaDA, family: str, count: int, seed: str) -> list[tasks.Sample]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
-DEFAULT_QUESTIONS = 2000
+DEFAULT_QUESTIONS = 3000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +132,11 @@ def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] 
 
     if rows is None:
         rng, learned = random.Random(f"train-filter {args.seed}"), trained_tasks(model)
+        # every second one a worded sum: of the lists almost every prediction is final at once
+        lists = [task for task in learned if task != "worded_sums"] or learned
+        turns = [task for one in lists for task in (one, *({"worded_sums"} & {*learned}))]
         count = args.limit or DEFAULT_QUESTIONS
-        questions = [tasks.generate(learned[i % len(learned)], rng, longest=10) for i in range(count)]
+        questions = [tasks.generate(turns[i % len(turns)], rng, longest=10) for i in range(count)]
         rows = [{"prompt": question.prompt} for question in questions]
     chat = args.chat if args.chat is not None else bool(getattr(model.tokenizer, "chat_template", None))
     prompts = []

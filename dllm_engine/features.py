@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens are no feature: a filter must not depend on a vocabulary. `ODDS` stands for the log-odds of a position, clamped
-# to ±12 and divided by 4; a decided position counts as certain, one right of the block as even.
+# Tokens are no feature: a filter must not depend on a vocabulary. Odds are log-odds clamped to ±12 and divided by 4; a
+# decided position counts as certain, one right of the block or behind the end of the text as even (how far a call
+# reaches beyond a sequence's end depends on the others in it, and must change nothing).
 NAMES = (
     "odds", "margin", "entropy", "place", "odds 2 left", "odds 1 left", "odds 1 right", "odds 2 right",
     "decided 1 left", "decided 1 right", "least odds left", "undecided left", "greatest odds", "undecided", "stable",
@@ -16,17 +17,19 @@ COUNT = len(NAMES)
 _SURE = 3.0
 
 
-def position_features(log_odds: Tensor, margin: Tensor, entropy: Tensor, undecided: Tensor, stable: Tensor) -> Tensor:
+def position_features(
+    log_odds: Tensor, margin: Tensor, entropy: Tensor, undecided: Tensor, active: Tensor, stable: Tensor
+) -> Tensor:
     """Features of every position of a block, float32 [B, S, `COUNT`]; those of decided positions mean nothing.
 
     Args:
         log_odds, margin, entropy: float32 [B, S]: of the prediction, best minus second logit, nats.
-        undecided: bool [B, S], False too behind the end of the text.
+        undecided: bool [B, S]. active: bool [B, S], False behind the end of the text, where nothing is undecided.
         stable: bool [B, S], whether the step before predicted the same token; False at a block's first.
     """
     width = log_odds.shape[1]
-    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, _SURE)
-    open_ = undecided.float()
+    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, active * _SURE)
+    open_, decided = undecided.float(), (active & ~undecided).float()
 
     def shifted(x: Tensor, by: int, left: float, right: float) -> Tensor:
         """The value ``by`` places to the right (negative: left)."""
@@ -42,7 +45,7 @@ def position_features(log_odds: Tensor, margin: Tensor, entropy: Tensor, undecid
         entropy.clamp(0, 6) / 2,
         place,
         *(shifted(odds, by, _SURE, 0.0) for by in (-2, -1, 1, 2)),
-        *(shifted(1 - open_, by, 1.0, 0.0) for by in (-1, 1)),
+        *(shifted(decided, by, 1.0, 0.0) for by in (-1, 1)),
         before,
         undecided_before / 32,
         greatest,

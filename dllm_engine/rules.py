@@ -118,7 +118,7 @@ def select(rule: Rule, stats: RowStats, block: BlockState) -> Tensor:
         inputs, outputs = features.COUNT, 1
         margin = stats.logit - stats.second_logit
         stable = stats.token == block.predicted
-        x = features.position_features(stats.log_odds, margin, stats.entropy, undecided, stable).double()
+        x = features.position_features(stats.log_odds, margin, stats.entropy, undecided, block.active, stable).double()
     else:
         inputs = outputs = size
         confidence = stats.log_odds.double().sigmoid().float()

@@ -164,7 +164,7 @@ def plot(found: dict[str, Figures], file: Any) -> None:
 
 def _inputs(traces: dict[str, Tensor], kind: str) -> Tensor:
     if kind == "position":
-        names = ("log_odds", "margin", "entropy", "undecided", "stable")
+        names = ("log_odds", "margin", "entropy", "undecided", "active", "stable")
         return position_features(*(traces[name] for name in names))
     return traces["log_odds"].sigmoid().masked_fill(~traces["active"], 0.0)
 

@@ -138,8 +138,8 @@ def finish_step(
         row = out_values + call_row * width  # logit, second_logit, logsumexp, log_odds, entropy
         stable = token == tl.load(predicted + start + i, mask=open_, other=-1)
         out = position_filter(
-            row + 3 * count, row, row + count, row + 4 * count, undecided + start, stable, i, open_, width, weights,
-            FILTER, WIDTH, CHUNK,
+            row + 3 * count, row, row + count, row + 4 * count, undecided + start, stable, i, open_,
+            tl.minimum(old_end - start, width), weights, FILTER, WIDTH, CHUNK,
         )  # fmt: skip
         chosen = chosen | (open_ & (out > cut))
     else:

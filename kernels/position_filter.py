@@ -12,38 +12,38 @@ SURE = tl.constexpr(3.0)  # the odds of a decided position
 
 
 @triton.jit
-def _odds(log_odds, undecided, at, width):
-    """Odds of the positions ``at``: undecided, decided, left or right of the block."""
-    open_ = (at >= 0) & (at < width)
+def _odds(log_odds, undecided, at, active):
+    """Odds of the positions ``at``: undecided, decided or left of the block, right of it or behind the text's end."""
+    open_ = (at >= 0) & (at < active)
     open_ = open_ & (tl.load(undecided + at, mask=open_, other=0) != 0)
     value = tl.minimum(tl.maximum(tl.load(log_odds + at, mask=open_, other=0.0), -12.0), 12.0) * 0.25
-    return tl.where(open_, value, tl.where(at < width, SURE, 0.0))
+    return tl.where(open_, value, tl.where(at < active, SURE, 0.0))
 
 
 @triton.jit
 def position_filter(
-    log_odds, logit, second_logit, entropy, undecided, stable, i, open_, width, weights,
+    log_odds, logit, second_logit, entropy, undecided, stable, i, open_, active, weights,
     FILTER: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The filter's output at the undecided positions ``i`` of a block, float64.
+    """The filter's output at the undecided positions ``i`` of a block, ``active`` of which are in the text; float64.
 
     Features equal those of `features.position_features` in every bit, given the statistics: factors are powers of two.
     """
-    odds = _odds(log_odds, undecided, i, width)
-    left2, left1 = _odds(log_odds, undecided, i - 2, width), _odds(log_odds, undecided, i - 1, width)
-    right1, right2 = _odds(log_odds, undecided, i + 1, width), _odds(log_odds, undecided, i + 2, width)
+    odds = _odds(log_odds, undecided, i, active)
+    left2, left1 = _odds(log_odds, undecided, i - 2, active), _odds(log_odds, undecided, i - 1, active)
+    right1, right2 = _odds(log_odds, undecided, i + 1, active), _odds(log_odds, undecided, i + 2, active)
     margin = tl.load(logit + i, mask=open_, other=0.0) - tl.load(second_logit + i, mask=open_, other=0.0)
     margin = tl.minimum(tl.maximum(margin, 0.0), 12.0) * 0.25
     spread = tl.minimum(tl.maximum(tl.load(entropy + i, mask=open_, other=0.0), 0.0), 6.0) * 0.5
-    decided_left = tl.load(undecided + i - 1, mask=(i > 0) & (i < width), other=0) == 0
-    decided_right = tl.load(undecided + i + 1, mask=i + 1 < width, other=1) == 0
+    decided_left = tl.load(undecided + i - 1, mask=(i > 0) & (i < active), other=0) == 0
+    decided_right = tl.load(undecided + i + 1, mask=i + 1 < active, other=1) == 0
 
     least = tl.zeros([WIDTH], tl.float32) + SURE
     before = tl.zeros([WIDTH], tl.int32)
-    for first in range(0, width, CHUNK):
+    for first in range(0, active, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        left = (tl.load(undecided + j, mask=j < width, other=0) != 0)[None, :] & (j[None, :] < i[:, None])
-        least = tl.minimum(least, tl.min(tl.where(left, _odds(log_odds, undecided, j, width)[None, :], SURE), 1))
+        left = (tl.load(undecided + j, mask=j < active, other=0) != 0)[None, :] & (j[None, :] < i[:, None])
+        least = tl.minimum(least, tl.min(tl.where(left, _odds(log_odds, undecided, j, active)[None, :], SURE), 1))
         before += tl.sum(left.to(tl.int32), 1)
     f = tl.arange(0, 16)[None, :]
     x = tl.where(f == 0, odds[:, None], 0.0)

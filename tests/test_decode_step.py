@@ -417,7 +417,7 @@ def test_the_filter_of_a_position_decides_as_eager(where: tuple[str, str], kind:
             margin = everything.logit - everything.second_logit
             stable = everything.token == block.predicted
             x = features.position_features(
-                everything.log_odds, margin, everything.entropy, block.undecided, stable
+                everything.log_odds, margin, everything.entropy, block.undecided, block.active, stable
             )[block.undecided]  # fmt: skip
             # not the median itself: there rounding would decide
             rules = [read_out(k, x[:, k].median().item() - 1e-3, width) for k in range(features.COUNT)]

@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from test_reference import make_state
 
-from dllm_engine import features, rules
+from dllm_engine import LearnedFilter, decode, features, rules
+from dllm_engine.policies import Learn2PD
 from dllm_engine.reference import RowStats
 
 # A block of six: two decided, log-odds beyond both clamps, a tie for the least.
@@ -34,7 +36,7 @@ def row(values: list[float]) -> torch.Tensor:
 
 
 def test_each_feature_of_a_block() -> None:
-    x = features.position_features(row(ODDS), row(MARGIN), row(ENTROPY), row(UNDECIDED), row(STABLE))
+    x = features.position_features(row(ODDS), row(MARGIN), row(ENTROPY), row(UNDECIDED), row([True] * 6), row(STABLE))
     assert x.shape == (1, 6, features.COUNT)
     assert x.dtype == torch.float32
     for i, expected in BY_HAND.items():
@@ -44,15 +46,23 @@ def test_each_feature_of_a_block() -> None:
 
 
 def test_a_block_of_one() -> None:
-    x = features.position_features(row([2.0]), row([1.0]), row([0.5]), row([True]), row([False]))
+    x = features.position_features(row([2.0]), row([1.0]), row([0.5]), row([True]), row([True]), row([False]))
     assert x[0, 0].tolist() == [0.5, 0.25, 0.25, 0, 3, 3, 0, 0, 1, 0, 3, 0, 0.5, 1 / 32, 0]
 
 
+def test_what_lies_behind_the_end_of_the_text_is_like_what_lies_right_of_the_block() -> None:
+    undecided = [True, False, True, True, False, False]
+    active = [True] * 4 + [False] * 2
+    parts = [row(values) for values in (ODDS, MARGIN, ENTROPY, undecided, active, STABLE)]
+    assert torch.equal(
+        features.position_features(*parts)[:, :4], features.position_features(*(p[:, :4] for p in parts))
+    )
+
+
 def numpy_features(
-    odds: np.ndarray, margin: np.ndarray, entropy: np.ndarray, undecided: np.ndarray, stable: np.ndarray
+    odds: np.ndarray, margin: np.ndarray, entropy: np.ndarray, undecided: np.ndarray, width: int, stable: np.ndarray
 ) -> np.ndarray:
-    """float64 [S, features], written position by position."""
-    width = len(odds)
+    """float64 [S, features], written position by position; ``width`` of them are in the text."""
 
     def at(j: int) -> float:
         if j >= width:
@@ -60,7 +70,7 @@ def numpy_features(
         return float(np.clip(odds[j], -12, 12)) / 4 if j >= 0 and undecided[j] else 3.0
 
     rows = []
-    for i in range(width):
+    for i in range(len(odds)):
         rows.append(
             [
                 at(i),
@@ -85,9 +95,12 @@ def test_random_blocks_against_numpy(width: int) -> None:
     rng = np.random.default_rng(width)
     odds, margin, entropy = rng.normal(0, 9, (3, 5, width)).astype(np.float32)
     undecided, stable = rng.random((2, 5, width)) < 0.6
-    x = features.position_features(*map(torch.from_numpy, (odds, margin, entropy, undecided, stable)))
+    text = rng.integers(1, width + 1, 5)
+    active = np.arange(width) < text[:, None]
+    undecided &= active
+    x = features.position_features(*map(torch.from_numpy, (odds, margin, entropy, undecided, active, stable)))
     for b in range(5):
-        expected = numpy_features(odds[b], margin[b], entropy[b], undecided[b], stable[b])
+        expected = numpy_features(odds[b], margin[b], entropy[b], undecided[b], int(text[b]), stable[b])
         np.testing.assert_allclose(x[b].numpy()[undecided[b]], expected[undecided[b]], rtol=1e-7, atol=0)
 
 
@@ -108,7 +121,7 @@ def test_the_rule_is_the_net_over_the_features(units: int) -> None:
     )  # fmt: skip
     w1, b1 = rng.normal(size=(units, features.COUNT)).astype(np.float32), rng.normal(size=units).astype(np.float32)
     w2, b2 = rng.normal(size=units).astype(np.float32), rng.normal(size=1).astype(np.float32)
-    x = numpy_features(np.array(ODDS), np.array(MARGIN), np.array(ENTROPY), undecided, stable)
+    x = numpy_features(np.array(ODDS), np.array(MARGIN), np.array(ENTROPY), undecided, 6, stable)
     out = np.maximum(x @ w1.T.astype(float) + b1, 0) @ w2 + b2
     weights = torch.from_numpy(np.concatenate((w1.ravel(), b1, w2, b2)))
     for i in range(6):
@@ -116,3 +129,23 @@ def test_the_rule_is_the_net_over_the_features(units: int) -> None:
             rule = rules.Rule(torch.full((6,), math.inf), weights, float(out[i]) + shift, position=True)
             assert rule.filter_length == units
             assert rules.select(rule, stats, block)[0, i].item() == (expected and UNDECIDED[i])
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_batch_gives_each_sequence_what_its_filter_gives_it_alone(cache: str) -> None:
+    """Ends of text are early and different here, so calls reach beyond the ends of some sequences."""
+    torch.manual_seed(3)
+    learned = LearnedFilter(8, kind="position")
+    prompts = [[7, 3, 22, 41], [12], [9, 8, 7], [5, 5], [30, 31, 32, 33, 34]]
+    settings = {"gen_length": 24, "block_length": 8, "cache": cache, "policy": Learn2PD(learned, 0.5)}
+    differ = 0
+    for seed in range(8):
+        model = tiny_model(seed=seed)
+        model.end_ids = tuple(range(1, 20))
+        together = decode(model, prompts, temperature=0.7, seed=5, **settings)
+        for i, prompt in enumerate(prompts):
+            alone = decode(model, [prompt], temperature=0.7, seed=5 + i, **settings)
+            assert torch.equal(together.sequences[i, -24:], alone.sequences[0, -24:])
+            assert together.sequence_passes[i] == alone.forward_passes
+        differ += len(set(together.sequence_passes.tolist())) > 1
+    assert differ > 4

@@ -186,7 +186,7 @@ def test_the_filter_that_was_trained_is_the_one_that_decodes(kind: str, tmp_path
     data = traces.collect(model, prompts, tmp_path, batch_size=8, progress=False, **SETTINGS)
     learned, _ = train_filter.train(data, kind=kind, epochs=20, risk=0.4, progress=False)
     if kind == "position":
-        names = ("log_odds", "margin", "entropy", "undecided", "stable")
+        names = ("log_odds", "margin", "entropy", "undecided", "active", "stable")
         logits = learned(features.position_features(*(data[name] for name in names)))
     else:
         logits = learned(data["log_odds"].sigmoid().masked_fill(~data["active"], 0.0))

@@ -33,17 +33,17 @@ DLLM_HD float clamped(float x, float low, float high) { return x < low ? low : x
 
 // The features of an undecided position, in the order of dllm_engine/features.py: equal to its numbers in every bit,
 // given the statistics, so that both ways of a decode decide alike. All divisors are powers of two.
-DLLM_HD void position_features(const StepArgs& a, std::int64_t first_row, std::int64_t first_column, std::int64_t i,
-                               float (&x)[kFeatures]) {
+DLLM_HD void position_features(const StepArgs& a, std::int64_t first_row, std::int64_t first_column,
+                               std::int64_t active, std::int64_t i, float (&x)[kFeatures]) {
     const float sure = 3.0f;  // the odds of a decided position
     const std::uint8_t* open = a.undecided + first_column;
     const auto odds = [&](std::int64_t j) {
-        if (j >= a.width) return 0.0f;
+        if (j >= active) return 0.0f;  // right of the block or behind the end of the text
         return j >= 0 && open[j] ? clamped(a.log_odds[first_row + j], -12.0f, 12.0f) / 4.0f : sure;
     };
     float before = sure, greatest = -sure;
     std::int32_t open_before = 0, open_all = 0;
-    for (std::int64_t j = 0; j < a.width; ++j) {
+    for (std::int64_t j = 0; j < active; ++j) {
         if (!open[j]) continue;
         const float other = odds(j);
         ++open_all;
@@ -62,7 +62,7 @@ DLLM_HD void position_features(const StepArgs& a, std::int64_t first_row, std::i
     x[6] = odds(i + 1);
     x[7] = odds(i + 2);
     x[8] = i > 0 && open[i - 1] ? 0.0f : 1.0f;
-    x[9] = i + 1 < a.width && !open[i + 1] ? 1.0f : 0.0f;
+    x[9] = i + 1 < active && !open[i + 1] ? 1.0f : 0.0f;
     x[10] = before;
     x[11] = static_cast<float>(open_before) / 32.0f;
     x[12] = greatest;
@@ -120,10 +120,11 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
     picked = team.most(picked);
 
     if (a.position) {
+        const std::int64_t active = old_end - start < width ? old_end - start : width;
         for (std::int64_t i = team.lane; i < width; i += team.lanes) {
             if (!undecided[start + i]) continue;
             float x[kFeatures];
-            position_features(a, call_row * width, b * a.length + start, i, x);
+            position_features(a, call_row * width, b * a.length + start, active, i, x);
             if (position_filter(a, x) > a.cut) scratch.rank[i] = -1;  // within every quota
         }
         team.sync();  // a commit changes what other lanes look at
