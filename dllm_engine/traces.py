@@ -5,8 +5,8 @@ predictions that already equal it (`policies.Oracle`); record what each step saw
 Both decodes are `decode()` itself, so a filter is trained on the numbers that it will meet.
 
 The published traces visit the oracle's states only. A filter commits less than the oracle, and then meets states that
-it never saw: of what one trained so committed on the demo model below 0.9 confidence, 1 % was wrong at the first step and
-46 % at the second. So the replay of a prompt is made more or less cautious: it holds right predictions back that are
+it never saw: of what one trained so committed on the demo model under 0.9 confidence, 1 % was wrong at the first step,
+46 % at the second. So the replay of a prompt is more or less cautious: it holds right predictions back that are
 under some confidence.
 """
 
