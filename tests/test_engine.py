@@ -19,6 +19,7 @@ from dllm_engine import Engine, Generated, LearnedFilter, LLaDA, buffers, decode
 from dllm_engine.policies import Factor, Learn2PD, Oracle, Policy, Random, Threshold
 from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.tokenizer import encode_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 SHORT: dict[str, Any] = {"gen_length": 16, "block_length": 8}
@@ -325,6 +326,17 @@ def test_prompts_that_take_one_pass_each(model: LLaDA, cache: str) -> None:
             same(one, model, prompts[one.index], 0, **settings)
 
 
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_equally_long_prompts_that_end_at_different_places(model: LLaDA, cache: str) -> None:
+    """Without padding to hide, keys behind the end of one text must still be hidden from it."""
+    prompts = torch.randint(2, 59, (24, 4), generator=torch.Generator().manual_seed(2))
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "policy": Threshold(0.5), "cache": cache}
+    out = decode(model, prompts, **settings)
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(decode(model, prompt[None], **settings).sequences[0], out.sequences[i]), f"sequence {i}"
+    assert len(set(out.generated_tokens.tolist())) > 1
+
+
 def test_nothing_is_left_of_the_decode_before(model: LLaDA) -> None:
     """A rule that asks for the last prediction would take the decode before for its own."""
     with Engine(model, max_batch=2, max_length=24) as engine:
@@ -557,7 +569,30 @@ def test_a_callable_hears_of_every_block_of_a_batch(model: LLaDA) -> None:
         assert torch.equal(out.sequences, decode(model, prompts, end_of_text=end_of_text, **settings).sequences)
 
 
-def test_a_callable_hears_of_many_prompts_by_index(model: LLaDA) -> None:
+def test_a_callable_hears_the_end_that_was_predicted(demo_model: LLaDA) -> None:
+    """Also where it is the first token behind a block, and no pass will come to it."""
+    names = ["Alan Wells", "Grace Wright", "Amy Fox", "Louis Price", "Rose Stewart"]
+    questions = ["Copy: " + ", ".join(f"{i} {name}" for i, name in enumerate(names[:n])) for n in range(2, 6)]
+    prompts = [encode_prompt(demo_model.tokenizer, question, chat=True) for question in questions]
+    behind_a_block = 0
+    for block_length in (2, 4, 8):
+        heard: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+        settings: dict[str, Any] = {"gen_length": 64, "block_length": block_length, "policy": "threshold"}
+        out = decode(
+            demo_model,
+            prompts,
+            end_of_text="predicted",
+            streamer=lambda i, tokens, heard=heard: heard[i].extend(tokens.tolist()),
+            **settings,
+        )
+        for i, count in enumerate(out.generated_tokens.tolist()):
+            behind_a_block += count % block_length == 0
+            assert heard[i] == out.sequences[i, -64:][: count + 1].tolist()
+    assert behind_a_block
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.0])
+def test_a_callable_hears_of_many_prompts_by_index(model: LLaDA, threshold: float) -> None:
     heard: dict[int, list[int]] = {}
     prompts = some_prompts(12)
 
@@ -566,7 +601,7 @@ def test_a_callable_hears_of_many_prompts_by_index(model: LLaDA) -> None:
         heard.setdefault(index, []).extend(tokens.tolist())
 
     with Engine(model, max_batch=3, max_length=40) as engine:
-        for one in engine.generate_many(prompts, policy=Threshold(0.5), streamer=streamer, **SHORT):
+        for one in engine.generate_many(prompts, policy=Threshold(threshold), streamer=streamer, **SHORT):
             told = heard[one.index]
             assert told == one.generated[: len(told)].tolist()
             assert len(told) == min(one.generated_tokens + 1, 16)
