@@ -195,7 +195,7 @@ def _fresh(args: argparse.Namespace, model: LLaDA) -> list[Sample]:
         try:
             samples += [tasks.generate(task, rng, **options) for _ in range(args.prompts)]
         except ValueError as error:
-            option = "--sum-steps, --largest" if task == "worded_sums" else "--names"
+            option = "--sum-steps, --largest" if task.endswith("_sums") else "--names"
             raise ValueError(f"{option}: {error}") from None
     return samples
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from dllm_engine import tasks
-from dllm_engine.tasks import grids, sums
+from dllm_engine.tasks import grids
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +34,7 @@ def test_own_answer_is_right_and_broken_ones_are_wrong(task: str) -> None:
         sample = tasks.generate(task, rng)
         assert tasks.score(sample, sample.answer)
         assert not tasks.score(sample, "")
-        if task == "worded_sums":
+        if task.endswith("_sums"):
             continue
         assert not tasks.score(sample, sample.answer + ", Alan Wells")
         first, rest = sample.answer.split(", ", 1)
@@ -66,13 +66,14 @@ def test_worded_sums_are_worked_out_in_numbers_that_are_right() -> None:
         assert not tasks.score(sample, f"the answer is 1{value}")
         assert not tasks.score(sample, f"the answer is {value} no the answer is {value + 1}")
         assert not tasks.score(sample, str(value))
-        assert sums.score_working(sample.answer, sample.about)
+        worked = tasks.Sample("worked_sums", sample.prompt, sample.answer, sample.about)
+        assert tasks.score(worked, sample.answer)
         wrong = re.sub(r"(\d+)\. (the answer)", lambda m: f"{int(m[1]) + 1}. {m[2]}", sample.answer)
         assert tasks.score(sample, wrong)  # only the last number counts there
-        assert not sums.score_working(wrong, sample.about)
-        assert not sums.score_working(sample.answer + " now", sample.about)
+        assert not tasks.score(worked, wrong)
+        assert not tasks.score(worked, sample.answer + " now")
         mixed = sample.answer.replace(" + ", " minus ").replace(" - ", " plus ").replace(" * ", " plus ")
-        assert mixed == sample.answer or not sums.score_working(mixed, sample.about)
+        assert mixed == sample.answer or not tasks.score(worked, mixed)
     assert seen == set(signs)
     small = [tasks.generate("worded_sums", rng, steps=1, largest=5) for _ in range(100)]
     assert max(int(n) for s in small for n in re.findall(r"\d+", s.prompt + s.answer)) == 5

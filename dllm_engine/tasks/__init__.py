@@ -19,6 +19,12 @@ from dllm_engine.tasks.names import FIRST, LAST
 __all__ = ["Sample", "from_parallelbench", "generate", "names", "score", "task_of_file"]
 
 _LISTS = lists.TASKS
+# The same questions, scored by the final number (as published scorers of such tasks do) or by the whole working, which a
+# decoding rule can garble while the number stays right.
+_SUMS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+    "worded_sums": sums.score,
+    "worked_sums": sums.score_working,
+}
 _GRIDS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "sudoku": grids.score_sudoku,
     "latin_square": grids.score_latin,
@@ -43,7 +49,7 @@ class Sample:
 
 def names() -> list[str]:
     """Every task."""
-    return [*_LISTS, *_GRIDS, "worded_sums"]
+    return [*_LISTS, *_GRIDS, *_SUMS]
 
 
 def generate(
@@ -69,7 +75,7 @@ def generate(
         ValueError: unknown task, a range that is empty or longer than 92 people, no step, or numbers beyond 0 to 99.
     """
     _known(task)
-    if task == "worded_sums":
+    if task in _SUMS:
         if steps < 1 or not 1 <= largest <= 99:
             raise ValueError(f"steps, largest: {steps}, {largest} given; steps ≥ 1 and 1 ≤ largest ≤ 99 allowed")
         return Sample(task, *sums.make(rng, rng.randint(1, steps), largest, multiply))
@@ -93,8 +99,8 @@ def score(sample: Sample, text: str) -> bool:
     """Whether ``text`` answers the sample, by ParallelBench's strict rules (tasks with several answers accept each)."""
     if sample.task in _GRIDS:
         return _GRIDS[sample.task](text, sample.about)
-    if sample.task == "worded_sums":
-        return sums.score(text, sample.about)
+    if sample.task in _SUMS:
+        return _SUMS[sample.task](text, sample.about)
     return lists.score(sample.task, text, sample.about)
 
 
@@ -105,8 +111,8 @@ def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
         ValueError: unknown task, or a row without the fields of its task.
     """
     _known(task)
-    if task == "worded_sums":
-        raise ValueError("task: 'worded_sums' is not one of ParallelBench")
+    if task in _SUMS:
+        raise ValueError(f"task: {task!r} is not one of ParallelBench")
     try:
         given = row["input"]
         if task == "sudoku":
