@@ -19,8 +19,8 @@ from dllm_engine.tasks.names import FIRST, LAST
 __all__ = ["Sample", "from_parallelbench", "generate", "names", "score", "task_of_file"]
 
 _LISTS = lists.TASKS
-# The same questions, scored by the final number (as published scorers of such tasks do) or by the whole working, which a
-# decoding rule can garble while the number stays right.
+# The same questions, scored by the final number (as published scorers of such tasks do) or by the whole working: a
+# decoding rule can garble it while the number stays right.
 _SUMS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "worded_sums": sums.score,
     "worked_sums": sums.score_working,
