@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
     from dllm_engine import inputs, traces, train_filter
-    from dllm_engine.filter import KINDS, LearnedFilter, model_ids
+    from dllm_engine.filter import KINDS, model_ids
 
     for name in ("limit", "batch_size", "gen_length", "block_length", "epochs"):
         value = getattr(args, name)
@@ -106,7 +106,6 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         train_filter.plot(found, args.output / "calibration.png")
     except ImportError:
         print("no calibration.png: matplotlib is missing (pip install 'dllm-engine[plots]')", file=sys.stderr)
-    LearnedFilter.from_pretrained(args.output)
 
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
