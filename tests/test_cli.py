@@ -226,7 +226,7 @@ def test_demo_on_published_files(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert status == 0
     assert "shuffle.jsonl" in out
     rows = json.loads(run(capsys, "demo", "--data", *map(str, files), "--json", "--batch-size", "2")[1])
-    assert [(Path(r["file"]).name, r["prompts"]) for r in rows[::3]] == [(f.name, 4) for f in files]
+    assert [(Path(r["file"]).name, r["prompts"]) for r in rows[::4]] == [(f.name, 4) for f in files]
     assert rows[1]["accuracy"] >= 0.5
     assert rows[1]["accuracy_low"] <= rows[1]["accuracy"] <= rows[1]["accuracy_high"]
     files[0].write_text('{"input": {}}', encoding="utf-8")
