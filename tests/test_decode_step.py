@@ -218,7 +218,10 @@ def test_a_row_is_the_same_in_any_company_and_twice(where: tuple[str, str]) -> N
     for some in ([5], [32, 5, 0], [5, *range(6, 25)]):
         few = ops.row_stats(hidden, head, torch.tensor(some, device=device), backend=backend)
         for a, b in zip(first.fields(), few.fields(), strict=True):
-            assert torch.equal(a[some], b)
+            if INTERPRETED and a.is_floating_point():  # numpy's product stands in for tl.dot; on some CPUs its order
+                torch.testing.assert_close(a[some], b, rtol=1e-5, atol=1e-5)  # depends on the number of rows
+            else:
+                assert torch.equal(a[some], b)
 
 
 def test_any_number_of_threads_gives_the_same() -> None:
