@@ -148,7 +148,7 @@ def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dllm_engine.policy_text import PolicyText
-    from dllm_engine.tokenizer import encode_prompt
+    from dllm_engine.tokenizer import encode_rows
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: {args.batch_size} given; at least 1 is needed")
@@ -160,12 +160,7 @@ def _generate(args: argparse.Namespace) -> None:
     model = _model(args)
     rule = policy.make(model)
     chat = args.chat if args.chat is not None else args.model is None
-    prompts = []
-    for i, row in enumerate(rows):
-        try:
-            prompts.append(encode_prompt(model.tokenizer, row.get("messages") or row["prompt"], chat=chat))
-        except ValueError as error:
-            raise ValueError(f"prompt {i}: {error}") from None
+    prompts = encode_rows(model.tokenizer, rows, chat=chat)
     size = 1 if args.watch else args.batch_size
     bar: Any = contextlib.nullcontext() if len(rows) <= size or args.watch else tqdm(total=len(rows), disable=None)
     with bar:

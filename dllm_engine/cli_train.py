@@ -127,7 +127,7 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] | None) -> list[list[int]]:
     from dllm_engine import tasks
     from dllm_engine.demo import trained_tasks
-    from dllm_engine.tokenizer import encode_prompt
+    from dllm_engine.tokenizer import encode_rows
 
     if rows is None:
         rng, learned = random.Random(f"train-filter {args.seed}"), trained_tasks(model)
@@ -138,13 +138,7 @@ def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] 
         questions = [tasks.generate(turns[i % len(turns)], rng, longest=10) for i in range(count)]
         rows = [{"prompt": question.prompt} for question in questions]
     chat = args.chat if args.chat is not None else bool(getattr(model.tokenizer, "chat_template", None))
-    prompts = []
-    for i, row in enumerate(rows):
-        try:
-            prompts.append(encode_prompt(model.tokenizer, row.get("messages") or row["prompt"], chat=chat))
-        except ValueError as error:
-            raise ValueError(f"prompt {i}: {error}") from None
-    return prompts
+    return encode_rows(model.tokenizer, rows, chat=chat)
 
 
 def _tell(args: argparse.Namespace, learned: Any, found: Any, prompts: int, steps: int, seconds: float) -> None:

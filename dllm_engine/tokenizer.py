@@ -84,6 +84,21 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: b
     return list(ids)
 
 
+def encode_rows(tokenizer: Any, rows: list[dict[str, Any]], *, chat: bool) -> list[list[int]]:
+    """`encode_prompt` of rows with "prompt" or "messages".
+
+    Raises:
+        ValueError: as there, naming the row by its index.
+    """
+    prompts = []
+    for i, row in enumerate(rows):
+        try:
+            prompts.append(encode_prompt(tokenizer, row.get("messages") or row["prompt"], chat=chat))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+    return prompts
+
+
 def answer_text(model: Any, generated: list[int]) -> str:
     """Text of a generation [G] up to (not including) its first end id."""
     end = next((i for i, token in enumerate(generated) if token in model.end_ids), len(generated))
