@@ -99,6 +99,18 @@ STAGES = {
         dict.fromkeys(_FIXED, 0.90) | {"worded_sums": 0.80},
         4000,
     ),
+    # On from c at a low rate, where most of its gain lay: more of what it missed, and of long canvases, on which answers
+    # changed with the rule of the end of text.
+    "c2": Stage(
+        dict.fromkeys(_FIXED, 0.7) | {"sort": 3.0, "insert_index": 1.2, "replace_index": 2.0, "worded_sums": 4.0},
+        (10, 10),
+        {32: 0.62, 64: 0.20, 128: 0.09, 256: 0.09},
+        dict.fromkeys(_FIXED, 0.90) | {"worded_sums": 0.80},
+        10000,
+        rate=0.35,
+        hold=0.3,
+        watch=250,
+    ),
     "d": Stage(
         dict.fromkeys(_FIXED, 1.0) | dict.fromkeys(_FREE, 0.8) | {"worded_sums": 5.0},
         (10, 15),
