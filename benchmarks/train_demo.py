@@ -99,8 +99,8 @@ STAGES = {
         dict.fromkeys(_FIXED, 0.90) | {"worded_sums": 0.80},
         4000,
     ),
-    # On from c at a low rate, where most of its gain lay: more of what it missed, and of long canvases, on which answers
-    # changed with the rule of the end of text.
+    # On from c at a low rate, where most of its gain lay: more of what it missed, and of long canvases, on which
+    # answers changed with the rule of the end of text.
     "c2": Stage(
         dict.fromkeys(_FIXED, 0.7) | {"sort": 3.0, "insert_index": 1.2, "replace_index": 2.0, "worded_sums": 4.0},
         (10, 10),

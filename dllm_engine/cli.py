@@ -127,7 +127,12 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
         help="auto, topk[=TOKENS A STEP], random, threshold[=0.9], factor[=1.0] or learn2pd[=FILTER FILE][@THRESHOLD]"
         " (%(default)s)",
     )
-    group.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
+    group.add_argument(
+        "--cache",
+        default="dual",
+        metavar="NAME",
+        help="none, prefix or dual (%(default)s); dual/8 refreshes every 8 calls, dual/never never",
+    )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (%(default)s)"
     )
@@ -286,8 +291,8 @@ def _info(args: argparse.Namespace) -> None:
     from dllm_engine import backends, policies
     from dllm_engine.config import LLaDAConfig
     from dllm_engine.demo import DEMO_MODEL
-    from dllm_engine.forward import CACHES
     from dllm_engine.kv_cache import KVCache
+    from dllm_engine.refresh import CACHES
 
     config = LLaDAConfig.from_dict(json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8")))
     per_token = KVCache.bytes_per_token(config, torch.float32)

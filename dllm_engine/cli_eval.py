@@ -61,7 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, topk[=TOKENS A STEP], random, threshold[=0.9], factor[=1.0], learn2pd[=FILTER FILE][@THRESHOLD] or"
         " oracle (topk auto)",
     )
-    settings.add_argument("--cache", nargs="+", default=["dual"], metavar="NAME", help="none, prefix or dual (dual)")
+    settings.add_argument(
+        "--cache",
+        nargs="+",
+        default=["dual"],
+        metavar="NAME",
+        help="none, prefix or dual (dual); dual/8 refreshes every 8 calls",
+    )
     settings.add_argument(
         "--end-of-text", nargs="+", default=["auto"], metavar="NAME", help="auto, off, committed or predicted (auto)"
     )

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
     from dllm_engine import inputs, traces, train_filter
     from dllm_engine.filter import KINDS, model_ids
+    from dllm_engine.refresh import Cache
 
     for name in ("limit", "batch_size", "gen_length", "block_length", "epochs"):
         value = getattr(args, name)
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         raise ValueError(f"--kind: {args.kind!r} given; known: {', '.join(KINDS)}")
     if not 0 < args.risk < 1:
         raise ValueError(f"--risk: {args.risk} given; more than 0 and less than 1 allowed")
-    inputs.check_options(cache=args.cache, end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    Cache.of(args.cache)
+    inputs.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
     began = time.perf_counter()
     rows = _rows(args)
     model = load()

@@ -12,6 +12,8 @@ from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
 from dllm_engine.outputs import DecodeOutput
 from dllm_engine.policies import Policy
+from dllm_engine.refresh import Cache
+from dllm_engine.weights import wrapped
 
 __all__ = ["DecodeOutput", "decode"]
 
@@ -26,7 +28,7 @@ def decode(
     block_length: int = 32,
     steps: int | None = None,
     policy: Policy | str = "auto",
-    cache: str = "dual",
+    cache: str | Cache = "dual",
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     end_of_text: str = "auto",
@@ -44,7 +46,8 @@ def decode(
         gen_length: tokens to generate, a multiple of ``block_length``.
         steps: total steps of LLaDA's static schedule; without it one position a step is guaranteed.
         policy: a name of `policies.names`, a policy object, or ``"auto"`` (see `policies.resolve`).
-        cache: ``"none"``, ``"prefix"`` or ``"dual"`` (Fast-dLLM, arXiv 2505.22618).
+        cache: ``"none"``, ``"prefix"`` or ``"dual"`` (Fast-dLLM, arXiv 2505.22618), refreshed when a block begins;
+            ``"dual/8"`` refreshes every 8 calls, ``"dual/never"`` never; or a `refresh.Cache`.
         temperature: 0 takes the best token; above, tokens are drawn from softmax(logits / temperature).
         cfg_scale: classifier-free guidance; 0 is off.
         end_of_text: ``"committed"`` stops a sequence after an end id that it committed; ``"predicted"`` also cuts off,
@@ -62,7 +65,7 @@ def decode(
         RuntimeError: the model gave NaN, naming sequence and position.
     """
     if not isinstance(model, LLaDA):
-        model = LLaDA.from_transformers(model)
+        model = wrapped(model)
     return Engine.kept(model).decode(
         input_ids,
         attention_mask=attention_mask,

@@ -19,6 +19,7 @@ from dllm_engine.model import LLaDA
 from dllm_engine.options import Options, resolve_backend
 from dllm_engine.outputs import DecodeOutput, Generated
 from dllm_engine.policies import Policy
+from dllm_engine.refresh import Cache
 from dllm_engine.state import DecodeState
 from dllm_engine.streaming import stream_to
 
@@ -32,7 +33,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: LLaDA | nn.Module, *, max_batch: int, max_length: int, cache: str = "dual", backend: str = "auto"
+        self,
+        model: LLaDA | nn.Module,
+        *,
+        max_batch: int,
+        max_length: int,
+        cache: str | Cache = "dual",
+        backend: str = "auto",
     ) -> None:
         """Allocates canvas and KV cache; guidance doubles it when first used.
 
@@ -48,7 +55,7 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("max_length", max_length)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
-        inputs.check_options(cache=cache, end_of_text="auto", temperature=0.0, cfg_scale=0.0)
+        cache = Cache.of(cache)
         loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
         resolve_backend(backend, loaded, 0.0)
         self.max_batch, self.max_length, self.cache, self.backend = max_batch, max_length, cache, backend
@@ -57,7 +64,7 @@ class Engine:
         self._lock = threading.RLock()  # re-entrant: a streamer that calls its own engine gets an error, not a deadlock
         self._busy = self._grows = False
         with torch.inference_mode():
-            if cache != "none":
+            if cache.name != "none":
                 self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, max_length), loaded.dtype)
             DecodeState.canvas(self._buffers, max_batch, max_length)
 
@@ -104,7 +111,7 @@ class Engine:
         block_length: int = 32,
         steps: int | None = None,
         policy: Policy | str = "auto",
-        cache: str | None = None,
+        cache: str | Cache | None = None,
         temperature: float = 0.0,
         cfg_scale: float = 0.0,
         end_of_text: str = "auto",
@@ -184,7 +191,7 @@ class Engine:
         block_length: int = 32,
         steps: int | None = None,
         policy: Policy | str = "auto",
-        cache: str | None = None,
+        cache: str | Cache | None = None,
         temperature: float = 0.0,
         cfg_scale: float = 0.0,
         end_of_text: str = "auto",

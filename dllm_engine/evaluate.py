@@ -16,6 +16,7 @@ from dllm_engine.decode import DecodeOutput, decode
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
+from dllm_engine.refresh import Cache
 from dllm_engine.samples import EXACT, is_right
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
@@ -122,7 +123,8 @@ def _checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | st
     text = setting.policy
     lengths = {"gen_length": setting.gen_length, "block_length": setting.block_length}
     steps = text.steps(setting.gen_length, setting.steps)
-    inputs.check_options(cache=setting.cache, end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
+    Cache.of(setting.cache)
+    inputs.check_options(end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
     inputs.check_lengths(model, longest_prompt, **lengths, steps=steps)
     if text.name == "oracle":
         return text.name

@@ -12,8 +12,6 @@ from dllm_engine.kv_cache import KVCache, LayerCache
 from dllm_engine.model import LLaDA
 from dllm_engine.state import DecodeState
 
-CACHES = ("none", "prefix", "dual")
-
 
 class Call(NamedTuple):
     """What calls of the same sequences at the same blocks share: it is made when one of them moves on, not every step.
@@ -52,6 +50,7 @@ class Forward:
         if cache != "none":
             shape = KVCache.shape(model.config, state.batch * self.ways, state.length)
             self.kv = KVCache(buffers.take("KV cache", shape, model.dtype))
+        self.joined = model.joined_weights()
         self.padding: list[int] = state.padding.tolist()  # host: once, before the first call
         self.slots = list(range(state.batch))  # the sequence whose keys are in each slot
         self.key: object = None
@@ -61,7 +60,7 @@ class Forward:
         """The sequences in the order in which a call takes them.
 
         A block call reads the cache as one view, so its sequences must fill the first slots: one that is behind a gap
-        moves into it. That is a copy for each sequence that ended, not for each call after that.
+        changes places with it: once for each sequence that ended, not for each call after that.
         """
         if self.kv is None or refresh:
             return joining
@@ -70,7 +69,7 @@ class Forward:
         for gap in [s for s in range(count) if slots[s] not in wanted]:
             source = behind.pop()
             rows = (slice(s * self.ways, (s + 1) * self.ways) for s in (source, gap))
-            self.kv.move(*rows)
+            self.kv.swap(*rows)
             slots[gap], slots[source] = slots[source], slots[gap]
         return slots[:count]
 
@@ -97,7 +96,7 @@ class Forward:
             tokens = self.state.tokens[call.sequences[:, None], call.columns]
         if call.prompt is not None:
             tokens = torch.stack((tokens, tokens.masked_fill(call.prompt, self.model.mask_id)), dim=1).flatten(0, 1)
-        hidden = self.model.hidden_states(tokens, call.rope, call.key_mask, call.caches)
+        hidden = self.model.hidden_states(tokens, call.rope, call.key_mask, call.caches, self.joined)
 
         if isinstance(call.block, slice):
             hidden = hidden[:, call.block]

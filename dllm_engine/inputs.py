@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_engine.forward import CACHES
 from dllm_engine.model import LLaDA
 
 END_OF_TEXT = ("auto", "off", "committed", "predicted")
@@ -142,11 +141,10 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
         )
 
 
-def check_options(*, cache: str, end_of_text: str, temperature: float, cfg_scale: float) -> None:
+def check_options(*, end_of_text: str, temperature: float, cfg_scale: float) -> None:
     """Unknown names and numbers out of range raise ValueError."""
-    for name, value, known in (("cache", cache, CACHES), ("end_of_text", end_of_text, END_OF_TEXT)):
-        if value not in known:
-            raise ValueError(f"{name}: {value!r} given; known: {', '.join(known)}")
+    if end_of_text not in END_OF_TEXT:
+        raise ValueError(f"end_of_text: {end_of_text!r} given; known: {', '.join(END_OF_TEXT)}")
     for name, number in (("temperature", temperature), ("cfg_scale", cfg_scale)):
         if not (isinstance(number, int | float) and math.isfinite(number) and number >= 0):
             raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0 is needed")

@@ -35,9 +35,12 @@ class KVCache:
         """Bytes that one column of one sequence takes (twice as many with guidance)."""
         return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
-    def move(self, source: slice, target: slice) -> None:
-        """Copy the rows of one slot over those of another."""
-        self.data[:, :, target] = self.data[:, :, source]
+    def swap(self, one: slice, other: slice) -> None:
+        """Exchange the rows of two slots: the other's sequence may only be waiting."""
+        for layer in self.data:
+            kept = layer[:, other].clone()
+            layer[:, other] = layer[:, one]
+            layer[:, one] = kept
 
     def whole(self, rows: list[int], seen: slice) -> list[LayerCache]:
         """For a call that computes all columns ``seen`` of some rows: it sees its own keys, nothing is read back."""

@@ -28,7 +28,7 @@ class Loop:
     def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
         device, policy = model.device, options.policy
         self.model, self.state, self.policy = model, state, policy
-        self.forward = Forward(model, state, buffers, cache=options.cache, cfg_scale=options.cfg_scale)
+        self.forward = Forward(model, state, buffers, cache=options.cache.name, cfg_scale=options.cfg_scale)
         banned = (model.mask_id, *range(model.vocab_size, len(model.lm_head)), *options.extra_banned)
         self.scoring: dict[str, Any] = {
             "banned_ids": ops.id_tensor(banned, device),
@@ -39,7 +39,7 @@ class Loop:
         self.end_ids = torch.tensor(model.end_ids, device=device)
         self.stopping_ids = self.end_ids if options.end_of_text != "off" else None
         self.predicts = options.end_of_text == "predicted"
-        self.cached = options.cache != "none"
+        self.refresh = options.cache.refresh if options.cache.name != "none" else None
         policy.begin(state)
         self.rule = policies.as_rule(policy, state.block_length, device)
         if self.rule is not None:  # once for all steps
@@ -70,15 +70,15 @@ class Loop:
         unfinished = [b for b, (*_, left) in enumerate(where) if left > 0]
         if not unfinished:
             return []
-        beginning = [b for b in unfinished if where[b][2] == 0]
-        refresh = self.cached and bool(beginning)
-        joining = self.forward.arrange(beginning if refresh else unfinished, refresh=refresh)
+        due, ahead = self._due(unfinished), self._ahead(unfinished)
+        # rows right of a block are computed only for those that begin one: cached, they would change what others see
+        joining = self.forward.arrange(due or (self.refresh and ahead) or unfinished, refresh=bool(due))
+        ahead = [b for b in joining if b in ahead]
         starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
         width = min(block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
-        ahead = [b for b in beginning if self.predicts and where[b][1] > where[b][0] + block_length]
 
         rows = max(ends) - min(starts) if ahead else width
-        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
+        sequences, hidden = self.forward(joining, starts, ends, refresh=bool(due), width=rows)
         hidden, beyond = hidden[:, :width], hidden[:, block_length:]
         if self.rule is not None:
             ops.decode_step_(
@@ -106,6 +106,20 @@ class Loop:
         self.passes += 1
         self.where = state.progress.tolist()  # host: the one read between steps; decides who joins the next call
         return joining
+
+    def _due(self, unfinished: list[int]) -> list[int]:
+        """Those whose next call is a refresh."""
+        if self.refresh is None:
+            return []
+        due, where = self.refresh.due, self.where
+        return [b for b in unfinished if where[b][4] == 0 or due(where[b][4], where[b][2])]
+
+    def _ahead(self, unfinished: list[int]) -> list[int]:
+        """Those whose end of text is predicted in their next call: they begin a block that is not their last."""
+        if not self.predicts:
+            return []
+        beyond = self.state.block_length
+        return [b for b in unfinished if self.where[b][2] == 0 and self.where[b][1] > self.where[b][0] + beyond]
 
     def check(self, joined: list[int], describe: Callable[[int, int], str]) -> None:
         """Raise RuntimeError if a sequence of the last step has no token; ``describe``: (sequence, column) -> name."""

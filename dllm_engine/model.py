@@ -6,7 +6,7 @@ The module names are the checkpoint's own, so the name map is one prefix (`weigh
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +56,34 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+class Joined(NamedTuple):
+    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D]."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    gate_up: Tensor
+
+
+def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
+    """The matrix [Σ rows, D] that these are the rows of, in one storage and in this order; None if they are not.
+
+    Found anew for every decode: nothing has to be kept in step when weights are moved, replaced or trained.
+    """
+    first, at = matrices[0], matrices[0].storage_offset()
+    for matrix in matrices:
+        together = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (together and matrix.is_contiguous() and matrix.dtype == first.dtype and matrix.storage_offset() == at):
+            return None
+        at += matrix.numel()
+    rows = sum(len(matrix) for matrix in matrices)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
 class Block(nn.Module):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
-        self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
+        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.n_heads, config.n_kv_heads
         self.attn_norm = RMSNorm(d, config.rms_norm_eps)
         self.q_proj = Linear(d, d, bias=bias)
         self.k_proj = Linear(d, kv_size, bias=bias)
@@ -72,19 +94,43 @@ class Block(nn.Module):
         self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
         self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def joined(self) -> Joined | None:
+        """The matrices as they are used together, where `weights.load_pretrained` laid them one behind the other."""
+        qkv = self.q_proj, self.k_proj, self.v_proj
+        biases: list[Tensor] = [proj.bias for proj in qkv if proj.bias is not None]
+        matrices = one_behind_the_other([proj.weight for proj in qkv])
+        gate_up = one_behind_the_other([self.ff_proj.weight, self.up_proj.weight])
+        if matrices is None or gate_up is None:
+            return None
+        return Joined(matrices, torch.cat(biases) if biases else None, gate_up)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_mask: Tensor | None,
+        cache: LayerCache | None,
+        joined: Joined | None = None,
+    ) -> Tensor:
         b, s, d = x.shape
         h = self.attn_norm(x)
-        q, k, v = (
-            proj(h).view(b, s, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if joined is None:
+            qkv = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
+        else:
+            qkv = F.linear(h, joined.qkv, joined.bias)
+        qk, v = qkv.view(b, s, -1, self.head_dim).transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
+        q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=self.grouped)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=self.heads != self.kv_heads)
         x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        if joined is None:
+            gate, up = self.ff_proj(h), self.up_proj(h)
+        else:
+            gate, up = F.linear(h, joined.gate_up).chunk(2, dim=-1)
+        return x + self.ff_out(F.silu(gate) * up)
 
 
 class LLaDA(nn.Module):
@@ -201,12 +247,17 @@ class LLaDA(nn.Module):
         cos, sin = self._rope
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
+    def joined_weights(self) -> list[Joined | None]:
+        """`Block.joined` of every layer."""
+        return [block.joined() for block in self.blocks]  # type: ignore[operator]
+
     def hidden_states(
         self,
         tokens: Tensor,
         rope: tuple[Tensor, Tensor],
         key_mask: Tensor | None = None,
         caches: list[LayerCache] | None = None,
+        joined: list[Joined | None] | None = None,
     ) -> Tensor:
         """Final, normed hidden states of the given rows.
 
@@ -216,6 +267,7 @@ class LLaDA(nn.Module):
             key_mask: [B, 1, 1, K]: bool, False where a key must not be seen, or 0 and −inf in the model's dtype; None
                 if all are seen. K is S without caches, else the length that they show.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
+            joined: `joined_weights`, where no gradient is wanted.
 
         Returns:
             [B, S, D] in the model's dtype.
@@ -223,7 +275,7 @@ class LLaDA(nn.Module):
         cos, sin = rope
         x = self.wte(tokens)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, key_mask, caches[i] if caches is not None else None)
+            x = block(x, cos, sin, key_mask, caches[i] if caches else None, joined[i] if joined else None)
         return self.ln_f(x)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from dllm_engine import backends, inputs, policies
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
+from dllm_engine.refresh import Cache
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Options:
     block_length: int
     steps: int | None
     policy: Policy
-    cache: str
+    cache: Cache
     end_of_text: str
     backend: str
     temperature: float = 0.0
@@ -43,7 +44,7 @@ class Options:
         block_length: int,
         steps: int | None,
         policy: Policy | str,
-        cache: str,
+        cache: str | Cache,
         temperature: float,
         cfg_scale: float,
         end_of_text: str,
@@ -54,9 +55,10 @@ class Options:
         Raises:
             TypeError, ValueError: a bad argument. RuntimeError: a backend asked for by name that cannot run here.
         """
-        inputs.check_options(cache=cache, end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
+        cache = Cache.of(cache)
+        inputs.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
-        policy = policies.resolve(policy, model, block_length=block_length, cache=cache)
+        policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
         return cls(
             gen_length=gen_length,
             block_length=block_length,
@@ -73,7 +75,7 @@ class Options:
         """`DecodeOutput.settings`."""
         return {
             "policy": self.policy,
-            "cache": self.cache,
+            "cache": str(self.cache),
             "end_of_text": self.end_of_text,
             "backend": self.backend,
             "seed": seeds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dllm_engine.model import LLaDA
 PREFIX = "model.transformer."  # checkpoint name = PREFIX + the name in our module
 HEAD = "ff_out.weight"
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -56,6 +58,22 @@ def share_transformers(module: nn.Module, vocab_size: int | None) -> LLaDA:
             raise ValueError(f"vocab_size: {vocab_size} given; 1 to {config.embedding_size} (embedding rows) allowed")
         model.vocab_size = vocab_size
     return model
+
+
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, LLaDA] = weakref.WeakKeyDictionary()
+
+
+def wrapped(module: nn.Module) -> LLaDA:
+    """`share_transformers`, kept with its engine while the module lives and its tensors are the same."""
+    kept = _WRAPPED.get(module) if isinstance(module, nn.Module) else None
+    if kept is None or _addresses(kept, "") != _addresses(module, PREFIX):
+        kept = _WRAPPED[module] = share_transformers(module, None)
+    return kept
+
+
+def _addresses(module: nn.Module, prefix: str) -> dict[str, int]:
+    named = ((n, p) for n, p in module.named_parameters() if n.startswith(prefix))
+    return {n.removeprefix(prefix): p.data_ptr() for n, p in named}
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -149,13 +167,27 @@ def _read(
         raise ValueError(f"config.json says weight_tying false, but {PREFIX}{HEAD} (the LM head) is not in the weights")
     _match(model, shapes, "the checkpoint")
 
-    tensors: dict[str, Tensor] = {}
     file, full = stored["wte.weight"]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
+    tensors = _allocate(shapes, device, dtype)
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1, leave=False):
         for name, (where, full) in stored.items():
             if where == file:
-                tensors[name] = files[file].get_tensor(full).to(device, dtype, copy=True)
+                tensors[name].copy_(files[file].get_tensor(full))
+    return tensors
+
+
+def _allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Where the weights go; those of a layer that are multiplied by the same input lie one behind the other."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        group = next((group for group in _TOGETHER if part in group and name.endswith(".weight")), (part,))
+        names = [f"{layer}.{member}.weight" for member in group] if len(group) > 1 else [name]
+        if name == names[0]:
+            rows = [shapes[member][0] for member in names]
+            whole = torch.empty(sum(rows), *shape[1:], dtype=dtype, device=device)
+            tensors |= zip(names, whole.split(rows), strict=True)
     return tensors
 
 

@@ -121,3 +121,31 @@ def test_a_transformers_module_shares_its_tensors(model: LLaDA) -> None:
         LLaDA.from_transformers(module, vocab_size=65)
     with pytest.raises(ValueError, match="Linear has no transformers config"):
         LLaDA.from_transformers(nn.Linear(2, 2))
+
+
+def test_a_transformers_module_keeps_its_engine_while_its_tensors_stay(model: LLaDA) -> None:
+    import copy
+    import gc
+    import weakref
+
+    from conftest import tiny_config
+
+    from dllm_engine.weights import wrapped
+
+    module = LikeTransformers(copy.deepcopy(model), tiny_config(eos_token_id=[1, 2]))
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": "threshold"}
+    first = decode(module, PROMPTS, **settings).sequences
+    kept = wrapped(module)
+    assert kept._engine is not None
+    assert wrapped(module) is kept
+    with torch.no_grad():
+        module.model.transformer.ff_out.weight.mul_(-1)  # in place: the shared tensor is the same one
+    assert wrapped(module) is kept
+    second = decode(module, PROMPTS, **settings).sequences
+    assert not torch.equal(first, second)
+    module.model.transformer.ff_out.weight = nn.Parameter(model.lm_head.clone(), requires_grad=False)
+    assert torch.equal(decode(module, PROMPTS, **settings).sequences, first)
+    gone = weakref.ref(wrapped(module))
+    del module, kept
+    gc.collect()
+    assert gone() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -269,3 +270,26 @@ print(peak - before)
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(out.stdout) <= 1.15 * weights, f"{int(out.stdout) / weights:.2f} times the weights"
+
+
+def test_what_is_multiplied_together_lies_together(tmp_path: Path) -> None:
+    """Loaded weights are joined without a second copy; replaced or copied ones fall back to their own matrices."""
+    for changes in ({}, {"n_kv_heads": 2, "include_qkv_bias": True}):
+        made = tiny_model(seed=3, **changes)
+        save(made, tiny_config(**changes), tmp_path)
+        model = LLaDA.from_pretrained(tmp_path, device="cpu", dtype="float32")
+        joined = model.joined_weights()
+        block, first = model.blocks[0], joined[0]
+        assert first is not None
+        assert torch.equal(first.qkv, torch.cat([p.weight for p in (block.q_proj, block.k_proj, block.v_proj)]))
+        assert torch.equal(first.gate_up, torch.cat([block.ff_proj.weight, block.up_proj.weight]))
+        assert first.qkv.data_ptr() == block.q_proj.weight.data_ptr()
+        tokens, rope = torch.arange(12)[None], model.rope_tables(torch.arange(12)[None])
+        apart = model.hidden_states(tokens, rope)
+        torch.testing.assert_close(model.hidden_states(tokens, rope, joined=joined), apart, rtol=1e-5, atol=1e-5)
+        block.k_proj.weight[0] += 1  # in place: seen by both
+        assert torch.equal(first.qkv[model.config.d_model], block.k_proj.weight[0])
+        block.k_proj.weight = torch.nn.Parameter(block.k_proj.weight * 2, requires_grad=False)
+        assert model.joined_weights()[0] is None
+        assert model.joined_weights()[1] is not None
+        assert copy.deepcopy(model).joined_weights()[1] is None
