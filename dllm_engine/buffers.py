@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Buffers:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[str, Tensor] = {}
+        self.graphs: dict[Any, Any] = {}  # of `graphs.BlockCalls`: they hold addresses in these storages
+        self.graphs_work = True
+        self._pool: Any = None
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The first elements of storage ``name`` as ``shape``; views taken before a growth keep the old bytes.
@@ -31,6 +35,7 @@ class Buffers:
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
             del flat
+            self.graphs.clear()
             self._flat.pop(name, None)  # freed first: old and new need not fit beside each other
             check_fits(name, count * dtype.itemsize, self.device)
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
@@ -40,6 +45,12 @@ class Buffers:
         """Back to zeros: after a failed call, whose NaNs would get through a mask (0 · NaN is NaN)."""
         for flat in self._flat.values():
             flat.zero_()
+
+    def graph_pool(self) -> Any:
+        """The memory that all graphs share: they never run at once."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
 
     @property
     def nbytes(self) -> int:

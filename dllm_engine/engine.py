@@ -66,7 +66,7 @@ class Engine:
         with torch.inference_mode():
             if cache.name != "none":
                 self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, max_length), loaded.dtype)
-            DecodeState.canvas(self._buffers, max_batch, max_length)
+            DecodeState.rows(self._buffers, max_batch, max_length)
 
     @classmethod
     def kept(cls, model: LLaDA) -> Engine:

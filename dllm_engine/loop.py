@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_engine import ops, policies
+from dllm_engine import graphs, ops, policies
 from dllm_engine.buffers import Buffers
 from dllm_engine.end_of_text import predict_end_
 from dllm_engine.forward import Forward
@@ -55,6 +55,9 @@ class Loop:
                 end_ids=self.stopping_ids,
                 temperature=options.temperature,
             )
+        self.block_calls = None
+        if self.rule is not None and graphs.supported(self.forward, options):
+            self.block_calls = graphs.BlockCalls(self.forward, self.rule, self.stopping_ids, self.scoring, buffers)
         self.passes = 0
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
@@ -66,7 +69,7 @@ class Loop:
 
     def step(self) -> list[int]:
         """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""
-        where, state, model, block_length = self.where, self.state, self.model, self.state.block_length
+        where = self.where
         unfinished = [b for b, (*_, left) in enumerate(where) if left > 0]
         if not unfinished:
             return []
@@ -74,11 +77,23 @@ class Loop:
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
         joining = self.forward.arrange(due or (self.refresh and ahead) or unfinished, refresh=bool(due))
         ahead = [b for b in joining if b in ahead]
+        if self.block_calls is not None and not due and not ahead:
+            self.block_calls(joining)
+        else:
+            self._call(joining, ahead, refresh=bool(due))
+
+        self.passes += 1
+        self.where = self.state.progress.tolist()  # host: the one read between steps; decides who joins the next call
+        return joining
+
+    def _call(self, joining: list[int], ahead: list[int], *, refresh: bool) -> None:
+        """One model call of any kind and its commit; ends are predicted for ``ahead``."""
+        where, state, model, block_length = self.where, self.state, self.model, self.state.block_length
         starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
         width = min(block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
 
         rows = max(ends) - min(starts) if ahead else width
-        sequences, hidden = self.forward(joining, starts, ends, refresh=bool(due), width=rows)
+        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
         hidden, beyond = hidden[:, :width], hidden[:, block_length:]
         if self.rule is not None:
             ops.decode_step_(
@@ -102,10 +117,6 @@ class Loop:
             first = torch.tensor([where[b][0] + block_length for b in ahead], device=hidden.device)
             scoring = self.scoring | {"temperature": 0.0}
             predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, self.end_ids, scoring)
-
-        self.passes += 1
-        self.where = state.progress.tolist()  # host: the one read between steps; decides who joins the next call
-        return joining
 
     def _due(self, unfinished: list[int]) -> list[int]:
         """Those whose next call is a refresh."""

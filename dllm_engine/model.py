@@ -109,7 +109,7 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        key_mask: Tensor | None,
+        seen: Tensor | tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
         joined: Joined | None = None,
     ) -> Tensor:
@@ -123,7 +123,12 @@ class Block(nn.Module):
         q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, enable_gqa=self.heads != self.kv_heads)
+        if isinstance(seen, tuple):
+            from dllm_engine.kernels.block_attention import block_attention
+
+            h = block_attention(q, k, v, *seen)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.heads != self.kv_heads)
         x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
         h = self.ff_norm(x)
         if joined is None:
@@ -255,7 +260,7 @@ class LLaDA(nn.Module):
         self,
         tokens: Tensor,
         rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None = None,
+        seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
         joined: list[Joined | None] | None = None,
     ) -> Tensor:
@@ -264,8 +269,9 @@ class LLaDA(nn.Module):
         Args:
             tokens: LongTensor [B, S].
             rope: `rope_tables` of their positions, counted from each sequence's first real token.
-            key_mask: [B, 1, 1, K]: bool, False where a key must not be seen, or 0 and −inf in the model's dtype; None
-                if all are seen. K is S without caches, else the length that they show.
+            seen: which keys: None, all; [B, 1, 1, K], bool, or 0 and −inf in the model's dtype, K being S without
+                caches, else the length that they show; or the first and the end of the columns seen, both [B], for
+                the kernel of block attention.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
             joined: `joined_weights`, where no gradient is wanted.
 
@@ -275,7 +281,7 @@ class LLaDA(nn.Module):
         cos, sin = rope
         x = self.wte(tokens)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, key_mask, caches[i] if caches else None, joined[i] if joined else None)
+            x = block(x, cos, sin, seen, caches[i] if caches else None, joined[i] if joined else None)
         return self.ln_f(x)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

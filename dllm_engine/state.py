@@ -56,6 +56,9 @@ class DecodeState:
     step = property(lambda self: self.progress[:, 4])
     left = property(lambda self: self.progress[:, 5])
 
+    padding: Tensor
+    with_idle: DecodeState  # the same rows and the idle one
+
     def __init__(
         self,
         prompt: Tensor,
@@ -73,24 +76,46 @@ class DecodeState:
         batch, self.prompt_length = prompt.shape
         self.batch, self.length = batch, self.prompt_length + gen_length
         self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
-        device, shape = prompt.device, (batch, self.length)
+        device = prompt.device
         buffers = buffers or Buffers(device)
-        self.tokens, self.undecided, self.predicted, self.progress = self.canvas(buffers, *shape)
-        self.padding = padding
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self.quota = _quota_table(gen_length, block_length, steps).to(device)
+        rows = self.rows(buffers, batch, self.length)
+        quota = buffers.take("quota", (block_length,), torch.int64)
+        quota.copy_(_quota_table(gen_length, block_length, steps))
+        self.with_idle = self.of(
+            rows[0], rows[1], rows[2], rows[3], rows[4], quota, prompt_length=self.prompt_length, fill_id=fill_id
+        )
+        self.with_idle.padding = rows[5]
+        self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.padding = (t[:batch] for t in rows)
+        self.quota = quota
+        self.padding.copy_(padding)
+        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
         self._begin(slice(None), prompt)
+        self.with_idle.tokens[batch] = fill_id
+        self.with_idle.undecided[batch] = False
+        self.with_idle.progress[batch] = torch.tensor(self.idle)
+        for row in rows[4:]:
+            row[batch] = 0
 
     @staticmethod
-    def canvas(buffers: Buffers, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """tokens, undecided, predicted and progress from the engine's memory."""
-        shape = batch, length
+    def rows(buffers: Buffers, batch: int, length: int) -> tuple[Tensor, ...]:
+        """tokens, undecided, predicted, progress, seeds and padding from the engine's memory.
+
+        There is a row more than ``batch``: the idle one, with which calls of a fixed size are filled up.
+        """
+        shape = batch + 1, length
         return (
             buffers.take("tokens", shape, torch.int64),
             buffers.take("undecided", shape, torch.bool),
             buffers.take("predicted", shape, torch.int64),
-            buffers.take("progress", (batch, 6), torch.int64),
+            buffers.take("progress", (batch + 1, 6), torch.int64),
+            buffers.take("seeds", (batch + 1,), torch.int64),
+            buffers.take("padding", (batch + 1,), torch.int64),
         )
+
+    @property
+    def idle(self) -> list[int]:
+        """The idle row of ``progress``: a sequence that ends where it begins."""
+        return [self.prompt_length, self.prompt_length, 0, self.length, 0, 0]
 
     @property
     def start(self) -> list[int]:
@@ -123,14 +148,16 @@ class DecodeState:
         progress: Tensor,
         seeds: Tensor,
         quota: Tensor,
-        **sizes: int,
+        *,
+        prompt_length: int,
+        fill_id: int,
     ) -> DecodeState:
-        """The state that shares these tensors; ``sizes``: prompt_length, fill_id. It has no padding."""
+        """The state that shares these tensors; it has no padding."""
         state = cls.__new__(cls)
         state.tokens, state.undecided, state.predicted = tokens, undecided, predicted
         state.progress, state.seeds, state.quota = progress, seeds, quota
         (state.batch, state.length), state.block_length = tokens.shape, len(quota)
-        state.prompt_length, state.fill_id = sizes["prompt_length"], sizes["fill_id"]
+        state.prompt_length, state.fill_id = prompt_length, fill_id
         return state
 
     def block(self, sequences: Tensor, width: int) -> BlockState:

@@ -1,0 +1,137 @@
+"""Block calls of ``dual`` as CUDA graphs: forward and fused step in one launch from the host.
+
+A graph replays kernels with the addresses and shapes that were captured. So a call here reads all that changes from
+the device (blocks, ends, padding, which sequences), always computes whole blocks, and is filled up with the state's
+idle row to one of few sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_engine import ops
+from dllm_engine.attention import block_attention_available
+from dllm_engine.buffers import Buffers
+from dllm_engine.forward import Forward
+from dllm_engine.kv_cache import LayerCache
+from dllm_engine.options import Options
+from dllm_engine.rules import Rule
+
+MOST = 32  # graphs kept by an engine
+
+
+def supported(forward: Forward, options: Options) -> bool:
+    """Whether block calls can be of this kind, if the fused step decides: on a GPU, without guidance."""
+    return forward.model.device.type == "cuda" and options.cache.name == "dual" and not options.cfg_scale
+
+
+class Kept(NamedTuple):
+    """A graph and the tensors that must live as long."""
+
+    graph: Any
+    tensors: list[Any]
+
+
+class BlockCalls:
+    """The block calls of one decode; graphs are kept with the buffers, for later decodes of the same shape."""
+
+    def __init__(
+        self, forward: Forward, rule: Rule, end_ids: Tensor | None, scoring: dict[str, Any], buffers: Buffers
+    ) -> None:
+        self.forward, self.model, self.buffers, self.end_ids, self.scoring = (
+            forward, forward.model, buffers, end_ids, scoring
+        )  # fmt: skip
+        self.state = forward.state.with_idle
+        device, length = self.model.device, self.state.length
+        sequences = buffers.take("joined", (self.state.batch,), torch.int64)
+        # a later decode with other bounds or another filter of that size replays the same graph
+        bounds = buffers.take("bounds", rule.bounds.shape, torch.float32).copy_(rule.bounds)
+        weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
+        self.sequences, self.rule = sequences, Rule(bounds, weights, rule.cut, rule.decided_is_one, rule.position)
+        self.offsets = torch.arange(self.state.block_length, device=device)
+        self.every = torch.arange(length + 1, device=device)
+        self.idle = torch.tensor(self.state.idle, device=device)
+        self.rows = torch.arange(self.state.batch, device=device)[:, None]
+        self.by_kernel = block_attention_available(device, self.model.dtype, self.model.config.head_dim) is None
+        self.joined: list[int] = []
+        ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
+        self.key = (
+            self.state.batch, self.state.prompt_length, length, self.state.block_length,
+            rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position,
+            *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
+            tuple(p.data_ptr() for p in self.model.parameters()),
+        )  # fmt: skip
+
+    def __call__(self, joining: list[int]) -> None:
+        """One block call of ``joining``, the sequences of the first cache slots in order, and its commit."""
+        count = min(1 << (len(joining) - 1).bit_length(), self.state.batch - 1)
+        if joining != self.joined:
+            filled = torch.tensor(joining + [self.state.batch - 1] * (self.state.batch - len(joining)))
+            pinned = filled.pin_memory() if self.model.device.type == "cuda" else filled
+            self.sequences.copy_(pinned, non_blocking=True)
+            self.joined = joining
+        graphs, key = self.buffers.graphs, (count, *self.key)
+        if key in graphs and graphs[key] is None and self.captures:  # the first call compiled its kernels
+            graphs[key] = self._capture(count)
+        kept = graphs.setdefault(key)
+        if kept is None:
+            self._call(count)
+        else:
+            kept.graph.replay()
+        while len(graphs) > MOST:
+            graphs.pop(next(iter(graphs)))
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls become graphs; ``DLLM_GRAPHS=0`` runs the same calls kernel by kernel."""
+        wanted = os.environ.get("DLLM_GRAPHS", "1") != "0"
+        return wanted and self.model.device.type == "cuda" and self.buffers.graphs_work
+
+    def _capture(self, count: int) -> Kept | None:
+        """The call as a graph (capturing computes nothing); None, with a warning, where that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.buffers.graph_pool()):
+                self._call(count)
+        except RuntimeError as error:
+            self.buffers.graphs_work = False
+            warnings.warn(f"block calls run without CUDA graphs: {error}", stacklevel=2)
+            return None
+        return Kept(graph, self._tensors())
+
+    def _tensors(self) -> list[Any]:
+        """What a graph reads beside buffers and weights; not this object, which holds the model."""
+        own = [self.offsets, self.every, self.idle, self.rows, self.end_ids, self.model._rope, self.forward.joined]
+        return [*own, *self.scoring.values()]
+
+    def _call(self, count: int) -> None:
+        model, state, length = self.model, self.state, self.state.length
+        sequences = self.sequences[:count]
+        state.progress[-1] = self.idle  # a step moves it on
+        end = state.active_end[sequences, None]
+        columns = state.block_start[sequences, None] + self.offsets
+        padding = state.padding[sequences, None]
+        rope = model.rope_tables((columns - padding).clamp_min(0))
+        written = torch.where(columns < end, columns, length)  # rows behind the end go to the spare column
+        assert self.forward.kv is not None
+        caches = [
+            LayerCache(k[:count], v[:count], written, self.rows[:count], (k[:count], v[:count]))
+            for k, v in self.forward.kv.layers
+        ]
+        seen: Tensor | tuple[Tensor, Tensor]
+        if self.by_kernel:
+            seen = padding[:, 0], end[:, 0]
+        else:
+            unseen = (self.every < padding) | (self.every >= end)
+            seen = torch.zeros(unseen.shape, dtype=model.dtype, device=unseen.device)
+            seen = seen.masked_fill_(unseen, -torch.inf)[:, None, None, :]
+        tokens = state.tokens[sequences[:, None], columns]
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.forward.joined)
+        ops.decode_step_(
+            hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
+        )

@@ -1,0 +1,184 @@
+"""Block calls of a fixed size, as CUDA graphs replay them: on the CPU, with a graph that calls what it captured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
+from dllm_engine.graphs import BlockCalls, Kept
+from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold, TopK
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44], [11, 12]]
+BASE: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual"}
+LEARNED = LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=True)
+
+
+@pytest.fixture
+def model() -> LLaDA:
+    """Random, in float32, with end ids that come up now and then."""
+    made = tiny_model(seed=5, n_kv_heads=2)
+    made.lm_head[1] = made.lm_head[40] * 1.3
+    return made
+
+
+class Fake:
+    """What a CUDA graph is to its user: a later replay runs the call with the tensors of the capture."""
+
+    captures = 0
+
+    def __init__(self, calls: BlockCalls, count: int) -> None:
+        Fake.captures += 1
+        self.calls, self.count, self.replays = calls, count, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.calls._call(self.count)
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Block calls of this kind on the CPU; the sizes that were called."""
+    sizes: list[int] = []
+    call = BlockCalls._call
+
+    def noted(self: BlockCalls, count: int) -> None:
+        sizes.append(count)
+        call(self, count)
+
+    Fake.captures = 0
+    monkeypatch.setattr(graphs, "supported", lambda forward, options: options.cache.name == "dual")
+    monkeypatch.setattr(BlockCalls, "captures", True)
+    monkeypatch.setattr(BlockCalls, "_capture", lambda self, count: Kept(Fake(self, count), []))
+    monkeypatch.setattr(BlockCalls, "_call", noted)
+    return sizes
+
+
+def expected(model: LLaDA, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "supported", lambda forward, options: False)
+        return decode(model, prompts, **BASE, **settings)
+
+
+RULES: dict[str, Policy] = {
+    "topk": TopK(), "threshold": Threshold(0.5), "factor": Factor(1.5), "learn2pd": Learn2PD(LEARNED, 0.7)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", RULES)
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"temperature": 0.7}, {"end_of_text": "off"}, {"end_of_text": "predicted"}, {"cache": "dual/5"}],
+    ids=str,
+)
+def test_tokens_and_passes_are_the_same(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch, policy: str, extra: dict[str, Any]
+) -> None:
+    settings = BASE | {"policy": RULES[policy], "seed": 3} | extra
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "supported", lambda forward, options: False)
+        want = decode(model, PROMPTS, **settings)
+    for _ in range(2):  # the second time everything is replayed
+        fixed.clear()
+        out = decode(model, PROMPTS, **settings)
+        assert torch.equal(out.sequences, want.sequences)
+        assert torch.equal(out.sequence_passes, want.sequence_passes)
+        assert out.forward_passes == want.forward_passes
+        assert fixed
+        assert set(fixed) <= {1, 2, 4, 5}, "sizes are powers of two, or all"
+
+
+def test_later_decodes_replay_with_their_own_values(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other prompts, thresholds, seeds and filters of the same shape go through the graphs of the first decode."""
+    settings: dict[str, Any] = {"end_of_text": "off", "policy": "topk"}
+    decode(model, PROMPTS, **BASE, **settings)
+    decode(model, PROMPTS, **BASE, **settings)
+    captures = Fake.captures
+    assert captures == 1
+    other = [[p % 50 + 1 for p in prompt] for prompt in PROMPTS]
+    for policy in (TopK(), Threshold(0.4), Threshold(0.8), Factor(2.0)):
+        want = expected(model, other, monkeypatch, end_of_text="off", policy=policy)
+        out = decode(model, other, end_of_text="off", policy=policy, **BASE)
+        assert torch.equal(out.sequences, want.sequences), policy
+    one, two = (
+        Learn2PD(LEARNED, 0.7),
+        Learn2PD(LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=True)),
+    )
+    for linear in two.filter.modules():
+        if isinstance(linear, torch.nn.Linear):
+            with torch.no_grad():
+                linear.weight.mul_(-1)
+    two = Learn2PD(two.filter, 0.7)
+    for learned in (one, one, two, one):
+        want = expected(model, other, monkeypatch, end_of_text="off", policy=learned)
+        assert torch.equal(decode(model, other, end_of_text="off", policy=learned, **BASE).sequences, want.sequences)
+    shorter = [prompt[-1:] for prompt in PROMPTS]  # another shape: graphs of its own
+    want = expected(model, shorter, monkeypatch, **settings)
+    assert torch.equal(decode(model, shorter, **BASE, **settings).sequences, want.sequences)
+
+
+def test_moved_weights_and_grown_buffers_drop_graphs(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"end_of_text": "off", "policy": Threshold(0.5)}
+    for _ in range(3):
+        decode(model, PROMPTS, **BASE, **settings)
+    before = decode(model, PROMPTS, **BASE, **settings).sequences
+    model.blocks[0].up_proj.weight = torch.nn.Parameter(-model.blocks[0].up_proj.weight, requires_grad=False)
+    want = expected(model, PROMPTS, monkeypatch, **settings)
+    after = decode(model, PROMPTS, **BASE, **settings).sequences
+    assert torch.equal(after, want.sequences)
+    assert not torch.equal(after, before)
+    engine = Engine.kept(model)
+    assert engine._buffers is not None
+    assert engine._buffers.graphs
+    engine._buffers.take("tokens", (6, 4096), torch.int64)
+    assert not engine._buffers.graphs
+    assert torch.equal(decode(model, PROMPTS, **BASE, **settings).sequences, want.sequences)
+
+
+def test_only_so_many_graphs_are_kept(model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 3)
+    for length in range(8, 1, -1):
+        decode(model, [list(range(2, 2 + length))], policy="topk", **BASE)
+    engine = Engine.kept(model)
+    assert engine._buffers is not None
+    assert len(engine._buffers.graphs) == 3
+
+
+def test_a_stream_of_prompts(model: LLaDA, fixed: list[int]) -> None:
+    """Rows that begin a block while others are inside one, and free rows: the idle row changes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(2, 55, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator).tolist()
+        for _ in range(24)
+    ]
+    settings: dict[str, Any] = BASE | {"policy": Threshold(0.5)}
+    with Engine(model, max_batch=6, max_length=48) as engine:
+        many = {r.index: r for r in engine.generate_many(prompts, **settings)}
+    assert {1, 2, 4, 6} >= set(fixed)
+    for i, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], **settings)
+        assert many[i].sequence.tolist() == alone.sequences[0].tolist()
+        assert many[i].passes == alone.forward_passes
+
+
+def test_what_has_no_fused_rule_or_is_guided_takes_the_other_way(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a block call of this kind")
+
+    monkeypatch.setattr(BlockCalls, "__call__", never)
+    supported = graphs.supported
+    monkeypatch.setattr(graphs, "supported", lambda forward, options: options.cache.name == "dual")
+    decode(model, PROMPTS, policy=Random(), **BASE)
+    with pytest.raises(AssertionError, match="a block call"):
+        decode(model, PROMPTS, policy="topk", **BASE)
+    monkeypatch.setattr(graphs, "supported", supported)
+    decode(model, PROMPTS, policy="topk", **BASE)  # on a CPU
