@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from cases import matrices
 from conftest import GOLDEN
 from test_decode_step import STATE, fresh_state, rules_for
 
-from dllm_engine import LLaDA, backends, decode, ops
+from dllm_engine import Engine, LLaDA, backends, decode, ops
+from dllm_engine.graphs import BlockCalls
+from dllm_engine.policies import Threshold, TopK
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +99,50 @@ def test_no_host_synchronisation_in_a_step(backend: str) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_block_calls_in_graphs_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first decode runs kernel by kernel and captures, later ones replay, with other prompts and thresholds."""
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    model = LLaDA.from_pretrained(GOLDEN / "checkpoint", device="cuda", dtype="float32")
+    base: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual", "seed": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a failed capture warns
+        for prompts in ([[4, 5, 6], [7, 8]], [[9, 3, 11], [12, 4]], [[4, 5, 6], [7, 8]]):
+            for policy in (Threshold(0.5), Threshold(0.9), TopK()):
+                monkeypatch.setenv("DLLM_GRAPHS", "0")
+                expected = decode(model, prompts, policy=policy, **base)
+                monkeypatch.setenv("DLLM_GRAPHS", "1")
+                out = decode(model, prompts, policy=policy, **base)
+                assert torch.equal(out.sequences, expected.sequences)
+                assert out.forward_passes == expected.forward_passes
+    kept = Engine.kept(model)._buffers
+    assert kept is not None
+    assert any(kept.graphs.values()), "nothing was captured"
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_no_host_synchronisation_in_a_block_call(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    monkeypatch.setenv("DLLM_GRAPHS", graphs)
+    model = LLaDA.from_pretrained(GOLDEN / "checkpoint", device="cuda", dtype="float32")
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual", "policy": TopK()}
+    for _ in range(2):  # compiles, captures
+        decode(model, [[4, 5, 6], [7, 8]], **settings)
+    call, calls = BlockCalls.__call__, 0
+
+    def watched(self: BlockCalls, joining: list[int]) -> None:
+        nonlocal calls
+        calls += 1
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(self, joining)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(BlockCalls, "__call__", watched)
+    decode(model, [[4, 5, 6], [7, 8]], **settings)
+    assert calls == 28
