@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-slow lint wheel gpu clean
+.PHONY: demo test test-slow lint wheel bench gpu clean
 
 demo: .venv/demo.stamp
 	$(BIN)/dllm-engine demo
@@ -21,6 +21,14 @@ lint: .venv/lint.stamp
 
 wheel: .venv/demo.stamp
 	$(BIN)/pip wheel --no-deps -w dist .
+
+# The whole engine against the loops that people run, at sizes for two cores: about six minutes on an idle machine.
+bench: .venv/plots.stamp
+	$(BIN)/python benchmarks/end_to_end.py --case vocab
+	$(BIN)/python benchmarks/end_to_end.py --case demo --gen-lengths 256 --turns 10 --plot build/end_to_end.png
+	$(BIN)/python benchmarks/end_to_end.py --case demo --gen-lengths 1024 --turns 2
+	$(BIN)/python benchmarks/block_step.py --small
+	$(BIN)/python benchmarks/scaling.py --plot build/scaling.png
 
 # Everything that needs a CUDA device; NO_VENV=1 takes $(PYTHON) as it is. ARGS=--dry-run stops before the GPU.
 ifdef NO_VENV

@@ -85,10 +85,7 @@ class Forward:
         Returns:
             int64 [B'], the sequences; [B', width, D], float32 with guidance, else the model's dtype.
         """
-        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
-        if key != self.key:
-            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
-        call = self.call
+        call = self.planned(joining, starts, ends, refresh=refresh, width=width)
         if isinstance(call.columns, slice):
             tokens = self.state.tokens[:, call.columns]
             tokens = tokens if call.everyone else tokens.index_select(0, call.sequences)
@@ -106,6 +103,13 @@ class Forward:
             conditional, unconditional = hidden.float().unflatten(0, (-1, 2)).unbind(1)
             hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return call.sequences, hidden
+
+    def planned(self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int) -> Call:
+        """What such a call shares with the one before, if nobody moved on."""
+        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
+        if key != self.key:
+            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
+        return self.call
 
     def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dllm_engine import graphs, ops, policies
+from dllm_engine import drafts, graphs, ops, policies
 from dllm_engine.buffers import Buffers
 from dllm_engine.end_of_text import predict_end_
 from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
-from dllm_engine.reference import commit_
+from dllm_engine.policies.base import decide_
 from dllm_engine.state import DecodeState
 
 
@@ -41,6 +41,7 @@ class Loop:
         self.predicts = options.end_of_text == "predicted"
         self.refresh = options.cache.refresh if options.cache.name != "none" else None
         policy.begin(state)
+        self.reach = policy.reach(state.block_length, options.gen_length)
         self.rule = policies.as_rule(policy, state.block_length, device)
         if self.rule is not None:  # once for all steps
             dtype = torch.float32 if options.cfg_scale else model.dtype
@@ -79,6 +80,8 @@ class Loop:
         ahead = [b for b in joining if b in ahead]
         if self.block_calls is not None and not due and not ahead:
             self.block_calls(joining)
+        elif self.policy.drafts > 1 and not due and not ahead and any(where[b][2] > 0 for b in joining):
+            self._verify(joining)
         else:
             self._call(joining, ahead, refresh=bool(due))
 
@@ -88,13 +91,13 @@ class Loop:
 
     def _call(self, joining: list[int], ahead: list[int], *, refresh: bool) -> None:
         """One model call of any kind and its commit; ends are predicted for ``ahead``."""
-        where, state, model, block_length = self.where, self.state, self.model, self.state.block_length
+        where, state, model, reach = self.where, self.state, self.model, self.reach
         starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
-        width = min(block_length, max(end - start for start, end in zip(starts, ends, strict=True)))
+        width = min(reach, max(end - start for start, end in zip(starts, ends, strict=True)))
 
         rows = max(ends) - min(starts) if ahead else width
         sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
-        hidden, beyond = hidden[:, :width], hidden[:, block_length:]
+        hidden, beyond = hidden[:, :width], hidden[:, reach:]
         if self.rule is not None:
             ops.decode_step_(
                 hidden,
@@ -107,16 +110,26 @@ class Loop:
                 **self.scoring,
             )
         else:
-            block, policy = state.block(sequences, width), self.policy
-            stats = ops.block_stats(hidden, model.lm_head, block, reads_decided=policy.reads_decided, **self.scoring)
-            decisions = [f(stats, block) for f in (policy.score, policy.select, policy.tokens)]
-            commit_(state, block, stats, *decisions, end_ids=self.stopping_ids)
+            block = state.block(sequences, width)
+            probes, decided = self.policy.probes(block), self.policy.reads_decided
+            stats = ops.block_stats(
+                hidden, model.lm_head, block, reads_decided=decided, probe_ids=probes, **self.scoring
+            )
+            decide_(self.policy, state, block, stats, end_ids=self.stopping_ids)
 
         if ahead:
             chosen = torch.tensor([joining.index(b) for b in ahead], device=hidden.device)
-            first = torch.tensor([where[b][0] + block_length for b in ahead], device=hidden.device)
+            first = torch.tensor([where[b][0] + reach for b in ahead], device=hidden.device)
             scoring = self.scoring | {"temperature": 0.0}
             predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, self.end_ids, scoring)
+
+    def _verify(self, joining: list[int]) -> None:
+        """One model call of every draft of sequences inside their blocks, and the rule's steps as far as drafts hold."""
+        starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
+        width = min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
+        call = self.forward.planned(joining, starts, ends, refresh=False, width=width)
+        policy: Any = self.policy
+        drafts.verify_(self.forward, policy, call, width, end_ids=self.stopping_ids, scoring=self.scoring)
 
     def _due(self, unfinished: list[int]) -> list[int]:
         """Those whose next call is a refresh."""
@@ -129,7 +142,7 @@ class Loop:
         """Those whose end of text is predicted in their next call: they begin a block that is not their last."""
         if not self.predicts:
             return []
-        beyond = self.state.block_length
+        beyond = self.reach
         return [b for b in unfinished if self.where[b][2] == 0 and self.where[b][1] > self.where[b][0] + beyond]
 
     def check(self, joined: list[int], describe: Callable[[int, int], str]) -> None:

@@ -216,12 +216,14 @@ def block_stats(
     excluded_ids: Tensor,
     temperature: float,
     backend: str,
+    probe_ids: Tensor | None = None,
 ) -> RowStats:
     """`row_stats` of a block call, every field [B', S]: for policies that are no `Rule`.
 
     Args:
         hidden: [B', S, D]. block: the rows. reads_decided: whether decided rows are needed. On CPUs they are else not
             computed and hold token 0 and log-odds −inf. (On a GPU the host would have to know how many there are.)
+        probe_ids: int64 [B', S, K], ids whose logits are wanted.
     """
     batch, width, _ = hidden.shape
     keys = block.noise_keys.flatten(0, 1)
@@ -230,10 +232,12 @@ def block_stats(
         rows = block.undecided.flatten().nonzero()[:, 0]  # host: of a CPU: nothing to wait for, and rows are saved
     else:
         rows = torch.arange(batch * width, device=hidden.device)
+    probes = None if probe_ids is None else probe_ids.flatten(0, 1)[rows]
     stats = row_stats(
         hidden.flatten(0, 1),
         lm_head,
         rows,
+        probe_ids=probes,
         banned_ids=banned_ids,
         excluded_ids=excluded_ids,
         temperature=temperature,

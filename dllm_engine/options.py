@@ -59,6 +59,10 @@ class Options:
         inputs.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
         policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
+        if policy.greedy and temperature > 0:
+            raise ValueError(f"temperature: {temperature} given; {type(policy).__name__} decides without one, at 0")
+        if policy.drafts > 1 and cfg_scale > 0:
+            raise ValueError(f"cfg_scale: {cfg_scale} given; {type(policy).__name__} decodes without guidance, at 0")
         return cls(
             gen_length=gen_length,
             block_length=block_length,

@@ -213,6 +213,10 @@ def commit_(
     tokens: Tensor,
     *,
     end_ids: Tensor | None,
+    edited: Tensor | None = None,
+    stays: Tensor | None = None,
+    lengths: Tensor | None = None,
+    only: Tensor | None = None,
 ) -> None:
     """Write the step's tokens and move every sequence on; ``state`` is changed in place.
 
@@ -224,29 +228,47 @@ def commit_(
         block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
         selected: bool [B', S]. tokens: int64 [B', S], what is written where. end_ids: int64 [E], or None for end of
             text "off".
+        edited: bool [B', S], decided positions that are written too.
+        stays: bool [B'], sequences that stay in their block though it is decided; ``left`` counts one for them.
+        lengths: int64 [B'], of their blocks; the block length of the decode by default.
+        only: bool [B'], the sequences that take part; the others are left as they are.
     """
-    undecided = block.undecided
+    undecided, sequences, rows, columns = block.undecided, block.sequences, block.sequences[:, None], block.columns
     failed = undecided & ((stats.token < 0) | score.isnan())
     rank = ranking(score, undecided).argsort(dim=1)
     chosen = undecided & (selected | (rank < block.quota[:, None])) & ~failed
+    written = chosen if edited is None else chosen | edited
+    if only is not None:
+        failed, chosen, written = (mask & only[:, None] for mask in (failed, chosen, written))
+    seen = undecided if only is None else undecided & only[:, None]
 
-    rows, columns = block.sequences[:, None], block.columns
-    state.tokens[rows, columns] = torch.where(chosen, tokens, state.tokens[rows, columns])
+    state.tokens[rows, columns] = torch.where(written, tokens, state.tokens[rows, columns])
     state.undecided[rows, columns] = undecided & ~chosen
-    state.predicted[rows, columns] = torch.where(undecided, stats.token, block.predicted)
+    state.predicted[rows, columns] = torch.where(seen, stats.token, block.predicted)
     first_failed = torch.where(failed, columns, state.length).amin(1)
-    state.failed_at[block.sequences] = torch.minimum(state.failed_at[block.sequences], first_failed)
+    state.failed_at[sequences] = torch.minimum(state.failed_at[sequences], first_failed)
 
     if end_ids is not None:
-        ended = chosen & torch.isin(tokens, end_ids)
+        ended = written & torch.isin(tokens, end_ids)
         end = torch.where(ended, columns + 1, state.length).amin(1)
-        state.active_end[block.sequences] = torch.minimum(state.active_end[block.sequences], end)
+        state.active_end[sequences] = torch.minimum(state.active_end[sequences], end)
         beyond = torch.arange(state.length, device=end.device) >= state.active_end[:, None]
         state.tokens.masked_fill_(beyond, state.fill_id)
         state.undecided &= ~beyond
 
-    state.left[block.sequences] = state.undecided[block.sequences].sum(1)
-    left = state.undecided[rows, columns].any(1)
-    state.step[block.sequences] += 1
-    state.step_in_block[block.sequences] = torch.where(left, state.step_in_block[block.sequences] + 1, 0)
-    state.block_start[block.sequences] += torch.where(left, 0, state.block_length)
+    moved = state.block_length if lengths is None else lengths
+    inside = columns - columns[:, :1] < (moved if lengths is None else moved[:, None])
+    remains = (state.undecided[rows, columns] & inside).any(1)
+    held = torch.zeros_like(remains) if stays is None else stays & ~remains
+    state.left[sequences] = state.undecided[sequences].sum(1) + held
+    remains |= held
+    start = state.block_start[sequences] + moved
+    if lengths is None and columns.shape[1] > state.block_length:  # blocks that were decided beside an earlier one
+        first = torch.where(state.undecided[sequences], torch.arange(state.length, device=rows.device), state.length)
+        blocks = (first.amin(1) - state.prompt_length) // state.block_length
+        start = torch.maximum(start, state.prompt_length + blocks * state.block_length)
+    ones = torch.ones_like(remains) if only is None else only
+    state.step[sequences] += ones.long()
+    in_block = torch.where(remains, state.step_in_block[sequences] + 1, 0)
+    state.step_in_block[sequences] = torch.where(ones, in_block, state.step_in_block[sequences])
+    state.block_start[sequences] = torch.where(remains | ~ones, state.block_start[sequences], start)

@@ -21,6 +21,7 @@ class BlockState:
         predicted: int64 [B', S], what the step before predicted there; −1 before a block's first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
+        tokens: int64 [B', S], what the canvas holds. step_in_block: int64 [B'], calls since the block began.
     """
 
     sequences: Tensor
@@ -30,6 +31,8 @@ class BlockState:
     predicted: Tensor
     quota: Tensor
     noise_keys: Tensor
+    tokens: Tensor
+    step_in_block: Tensor
 
     @property
     def positions(self) -> Tensor:
@@ -163,15 +166,21 @@ class DecodeState:
     def block(self, sequences: Tensor, width: int) -> BlockState:
         """The view of a call: ``sequences`` [B'] and the first ``width`` rows of their blocks."""
         columns = self.block_start[sequences, None] + torch.arange(width, device=sequences.device)
-        keys = (self.seeds[sequences, None], columns - self.prompt_length, self.step[sequences, None])
+        # a block of its own length may reach over the canvas: what is there is not undecided
+        rows, inside = sequences[:, None], columns < self.length
+        columns = columns.clamp_max(self.length - 1)
+        step_in_block = self.step_in_block[sequences]
+        keys = (self.seeds[rows], columns - self.prompt_length, self.step[rows])
         return BlockState(
             sequences=sequences,
             columns=columns,
-            undecided=self.undecided[sequences[:, None], columns],
-            active=columns < self.active_end[sequences, None],
-            predicted=self.predicted[sequences[:, None], columns],
-            quota=self.quota[self.step_in_block[sequences]],
+            undecided=self.undecided[rows, columns] & inside,
+            active=(columns < self.active_end[rows]) & inside,
+            predicted=self.predicted[rows, columns],
+            quota=self.quota[step_in_block.clamp_max(len(self.quota) - 1)],
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),
+            tokens=self.tokens[rows, columns],
+            step_in_block=step_in_block,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.reference import RowStats
+from dllm_engine.reference import RowStats, commit_
 from dllm_engine.rules import Rule, select
 from dllm_engine.state import BlockState, DecodeState
 
@@ -21,6 +21,8 @@ class Policy:
     reads_decided = (
         True  # False where `score` and `select` ignore the statistics of decided positions: saves their rows
     )
+    greedy = False  # True where a temperature would not mean anything
+    drafts = 1  # canvases that a call inside a block computes for each sequence, see `FreeDave.propose`
     of_one_batch = False  # True where the rule knows something of each sequence of its batch: not for `generate_many`
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
@@ -34,6 +36,31 @@ class Policy:
     def tokens(self, stats: RowStats, state: BlockState) -> Tensor:
         """What is committed where, int64 [B, S]; the predictions unless a rule says otherwise."""
         return stats.token
+
+    # What only some rules need. A step calls `probes`, `block_lengths`, `score`, `select`, `tokens`, `edit` and `stay`, in
+    # this order, once each.
+
+    def reach(self, block_length: int, gen_length: int) -> int:
+        """Columns from a block's start that a call computes and the rule sees and may commit; S is at most that."""
+        return block_length
+
+    def probes(self, state: BlockState) -> Tensor | None:
+        """Ids whose logits are wanted, int64 [B', S, K], K ≤ 8: ``stats.probe_logits``."""
+        return None
+
+    def block_lengths(self, stats: RowStats, state: BlockState) -> Tensor | None:
+        """Lengths of the blocks that the sequences are in, int64 [B'], at most `reach`; a sequence moves on when so
+        many columns are decided. By default the block length of the decode.
+        """
+        return None
+
+    def edit(self, stats: RowStats, state: BlockState) -> Tensor | None:
+        """Decided active positions whose token is replaced by that of `tokens`, bool [B', S]."""
+        return None
+
+    def stay(self, stats: RowStats, state: BlockState) -> Tensor | None:
+        """Sequences that get another call of their block though all of it is decided, bool [B']."""
+        return None
 
     def rule(self, block_length: int, device: torch.device) -> Rule | None:
         """The rule as data, if a kernel can decide by it; None has `score` and `select` called after every pass."""
@@ -61,3 +88,13 @@ class RulePolicy(Policy):
         rule = self.rule(state.undecided.shape[1], stats.token.device)
         assert rule is not None
         return select(rule, stats, state)
+
+
+def decide_(policy: Policy, state: DecodeState, block: BlockState, stats: RowStats, *, end_ids: Tensor | None) -> None:
+    """A step of a policy that no kernel decides: ask it, in the order that `Policy` promises, and commit."""
+    lengths = policy.block_lengths(stats, block)
+    score, selected, tokens = policy.score(stats, block), policy.select(stats, block), policy.tokens(stats, block)
+    edited, stays = policy.edit(stats, block), policy.stay(stats, block)
+    commit_(
+        state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths
+    )

@@ -1,0 +1,196 @@
+"""Where the time of one step inside a block goes: ``python benchmarks/block_step.py``.
+
+A step under the dual cache is a call of the block's rows against cached keys, the decode step on its hidden states,
+and the host's work around the two: deciding who joins, launching, reading where the sequences stand. The first two are
+timed alone, the whole as the engine runs it; *host* is the difference (on a busy machine it can come out negative).
+Beside them stands the time that the step cannot beat on this machine: the bytes that it must read (matrices, keys and
+values) over the bandwidth measured in this run, or its multiplications over the rate measured in this run, whichever is
+longer.
+
+Weights and cache are random. All rows of the blocks are undecided: a step's head costs most then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import append, fma_rate, interleaved, matmul_rate, read_bandwidth
+from models import SHAPES, Shape, random_model
+from rich.console import Console
+from rich.table import Table
+
+from dllm_engine import LLaDA, ops
+from dllm_engine.buffers import Buffers, available_bytes
+from dllm_engine.kv_cache import KVCache
+from dllm_engine.loop import Loop
+from dllm_engine.options import Options
+from dllm_engine.state import DecodeState
+
+BLOCK = 32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class BlockStep:
+    """Sequences in the first block call after their refresh, which can be made again and again."""
+
+    def __init__(self, model: LLaDA, batch: int, length: int) -> None:
+        device, config = model.device, model.config
+        self.model = model
+        options = Options.resolve(
+            model, longest_prompt=length - BLOCK, gen_length=BLOCK, block_length=BLOCK, steps=None, policy="threshold",
+            cache="dual", temperature=0.0, cfg_scale=0.0, end_of_text="off", backend="auto",
+        )  # fmt: skip
+        buffers = Buffers(device)
+        # instead of a refresh, which takes minutes at the largest sizes
+        buffers.take("KV cache", KVCache.shape(config, batch, length), model.dtype).normal_()
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(config.vocab_size - 2, (batch, length - BLOCK), generator=generator).to(device)
+        self.state = DecodeState(
+            prompt, torch.zeros(batch, dtype=torch.int64, device=device), gen_length=BLOCK, block_length=BLOCK,
+            steps=None, seeds=[0] * batch, mask_id=model.mask_id, fill_id=model.fill_id, buffers=buffers,
+        )  # fmt: skip
+        self.state.step_in_block.fill_(1)
+        self.loop = Loop(model, self.state, options, buffers)
+        changed = (self.state.tokens, self.state.undecided, self.state.predicted, self.state.progress)
+        self.saved = [(tensor, tensor.clone()) for tensor in changed]
+        self.where = self.loop.where
+        self.everyone = list(range(batch))
+        self.sequences, self.hidden = self.forward()
+
+    def restore(self) -> None:
+        for tensor, saved in self.saved:
+            tensor.copy_(saved)
+        self.loop.where = self.where
+
+    @torch.inference_mode()
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model call."""
+        starts, ends, *_ = zip(*self.where, strict=True)
+        return self.loop.forward(self.everyone, list(starts), list(ends), refresh=False, width=BLOCK)
+
+    @torch.inference_mode()
+    def decode_step(self) -> None:
+        """The op, and a copy of the state that it changes."""
+        self.restore()
+        loop = self.loop
+        assert loop.rule is not None
+        ops.decode_step_(
+            self.hidden, self.model.lm_head, self.state, self.sequences, loop.rule, known=True, **loop.scoring
+        )
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Both, as the engine makes them, and the same copy."""
+        self.restore()
+        self.loop.step()
+
+
+def cache_bytes(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> int:
+    return KVCache.bytes_per_token(shape.config(length), dtype) * batch * length
+
+
+def work(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a step reads at least, and its floating-point operations."""
+    matrices = shape.read_parameters()
+    attention = 2 * shape.n_layers * shape.d_model * length
+    return (
+        matrices * dtype.itemsize + cache_bytes(shape, batch, length, dtype),
+        2 * batch * BLOCK * (matrices + attention),
+    )
+
+
+def measure(
+    model: LLaDA, shape: Shape, batch: int, length: int, roofs: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """A record of one batch and length."""
+    block = BlockStep(model, batch, length)
+    contenders: dict[str, Callable[[], Any]] = {
+        "forward": block.forward, "decode_step": block.decode_step, "step": block.step,
+    }  # fmt: skip
+    times = interleaved(contenders, model.device, seconds)
+    parts = zip(times["step"], times["forward"], times["decode_step"], strict=True)
+    read, operations = work(shape, batch, length, model.dtype)
+    return {
+        "benchmark": "block_step", "batch": batch, "length": length, "block": BLOCK, "runs": len(times["step"]),
+        **{f"{name}_seconds": statistics.median(turns) for name, turns in times.items()},
+        "host_seconds": statistics.median(step - forward - op for step, forward, op in parts),
+        "bytes": read, "operations": operations, "floor_bytes_seconds": read / roofs["bandwidth"],
+        "floor_operations_seconds": operations / roofs["flops"],
+        **{f"roof_{name}": roof for name, roof in roofs.items()},
+    }  # fmt: skip
+
+
+def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "length", "batch", "step ms", "forward ms", "decode step ms", "host ms", "bytes floor ms", "FLOP floor ms",
+        "of the longer",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for r in records:
+        names = ("step", "forward", "decode_step", "host", "floor_bytes", "floor_operations")
+        cells = [f"{1e3 * r[f'{name}_seconds']:,.2f}" for name in names]
+        floor = max(r["floor_bytes_seconds"], r["floor_operations_seconds"])
+        table.add_row(f"{r['length']:,}", str(r["batch"]), *cells, f"{floor / r['step_seconds']:.0%}")
+    console.print(table)
+
+
+def measured_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes and floating-point operations a second; the latter NaN on a CPU without a compiler or AVX2."""
+    flops = matmul_rate(device, dtype) if device.type == "cuda" else fma_rate(torch.get_num_threads())
+    return {"bandwidth": read_bandwidth(device), "flops": flops}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="4 layers of 256, 8,192 words, float32: for a CPU")
+    parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --small float32")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the canvas; default 512 2048 8192, small 512 2048")
+    parser.add_argument("--batches", type=int, nargs="+", help="default 1 4 16 64, small 1 8")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each length and batch (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print only, append nothing")
+    args = parser.parse_args()
+    device, console = torch.device(args.device), Console(width=150)
+    lengths = args.lengths or ([512, 2048] if args.small else [512, 2048, 8192])
+    batches = args.batches or ([1, 8] if args.small else [1, 4, 16, 64])
+    if min(lengths) <= BLOCK or min(batches) < 1 or (args.layers is not None and args.layers < 1):
+        parser.error(f"--lengths must be above {BLOCK}, --batches and --layers at least 1")
+    shape = SHAPES["small" if args.small else "8b"]
+    shape = replace(shape, n_layers=args.layers) if args.layers else shape
+    dtype = DTYPES[args.dtype or ("float32" if args.small else "bfloat16")]
+    weights = shape.parameters() * dtype.itemsize
+    if device.type == "cpu" and not args.small and not args.layers:
+        parser.error(f"LLaDA-8B's shape needs a GPU with {weights / 2**30:.0f} GiB and more; --small runs on a CPU")
+    free = available_bytes(device)
+    if free is not None and weights > free:
+        parser.error(f"the weights need {weights / 2**30:.1f} GiB, {free / 2**30:.1f} are free; --layers shrinks them")
+
+    roofs = measured_roofs(device, dtype)
+    console.print(f"measured: {roofs['bandwidth'] / 1e9:,.1f} GB/s, {roofs['flops'] / 1e9:,.0f} GFLOP/s")
+    model = random_model(shape, device=device, dtype=dtype, max_length=max(lengths))
+    records = []
+    for length in lengths:
+        for batch in batches:
+            gc.collect()  # the cache of the sizes before, if a cycle holds it
+            needed, free = cache_bytes(shape, batch, length, dtype), available_bytes(device)
+            if free is not None and 1.1 * needed > free:  # the rows of the call take some more
+                sizes = f"{needed / 2**30:.1f} GiB of cache do not fit into {free / 2**30:.1f} GiB"
+                console.print(f"length {length:,}, batch {batch} left out: {sizes}")
+                continue
+            record = measure(model, shape, batch, length, roofs, args.seconds)
+            records.append(record | {"layers": shape.n_layers, "width": shape.d_model, "dtype": str(dtype)[6:]})
+    show(records, f"{shape.n_layers} layers of {shape.d_model}, {shape.vocab:,} words, {str(dtype)[6:]}", console)
+    if not args.dry_run:
+        console.print(f"appended to {append(records, device)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Models with random weights of stated shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dllm_engine import LLaDA, LLaDAConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a LLaDA; the mask and the end token are the last two words."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    mlp: int
+    vocab: int
+
+    def parameters(self) -> int:
+        """Of the matrices: blocks, embedding and head."""
+        return self.read_parameters() + self.vocab * self.d_model
+
+    def read_parameters(self) -> int:
+        """Those that every call reads: blocks and head."""
+        block = 4 * self.d_model**2 + 3 * self.d_model * self.mlp
+        return self.n_layers * block + self.vocab * self.d_model
+
+    def config(self, max_length: int) -> LLaDAConfig:
+        """With LLaDA-8B's constants, for canvases of up to ``max_length``."""
+        return LLaDAConfig(
+            d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_heads,
+            mlp_hidden_size=self.mlp, vocab_size=self.vocab, embedding_size=self.vocab, max_sequence_length=max_length,
+            mask_token_id=self.vocab - 1, eos_token_ids=(self.vocab - 2,), rms_norm_eps=1e-5, rope_theta=5e5,
+            weight_tying=False,
+        )  # fmt: skip
+
+
+SHAPES = {
+    "8b": Shape(d_model=4096, n_layers=32, n_heads=32, mlp=12288, vocab=126464),  # LLaDA-8B
+    "vocab": Shape(d_model=512, n_layers=8, n_heads=8, mlp=1376, vocab=126464),  # its vocabulary, a small body
+    "small": Shape(d_model=256, n_layers=4, n_heads=4, mlp=688, vocab=8192),
+    "tiny": Shape(d_model=32, n_layers=2, n_heads=2, mlp=48, vocab=64),
+}
+
+
+@torch.no_grad()
+def random_model(
+    shape: Shape, *, device: torch.device, dtype: torch.dtype, max_length: int, peak: float = 1.0, seed: int = 0
+) -> LLaDA:
+    """Normal weights that keep the scale of what passes through them; logits have the standard deviation ``peak``."""
+    with torch.device("meta"):
+        model = LLaDA(shape.config(max_length))
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name == "wte.weight":
+            parameter.normal_(generator=generator)
+        else:
+            scale = peak if name == "ff_out.weight" else 1.0
+            parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
+    return model.eval().requires_grad_(False)

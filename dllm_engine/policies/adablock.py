@@ -1,0 +1,84 @@
+"""AdaBlock-dLLM (arXiv 2509.26432): blocks that end where a sentence does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_engine.policies.base import Policy, in_range, whole
+from dllm_engine.reference import RowStats
+from dllm_engine.rules import least_log_odds
+from dllm_engine.state import BlockState, DecodeState
+
+
+class AdaBlock(Policy):
+    """Threshold decoding in blocks that end at a delimiter.
+
+    When a block begins, the most confident prediction of a delimiter is looked for in the next ``window`` · gen_length
+    positions; if its confidence is at least ``delimiter_threshold``, the block ends there, else it has the block
+    length of the decode. No block is shorter than ``least`` (a delimiter before that is not looked at). Every call
+    computes the window, which with ``"dual"`` is more than the block.
+
+    Args:
+        threshold, delimiter_threshold, window: 0 to 1.
+        delimiters: texts, of which the tokenizer must have at least one as a single token; or ids.
+    """
+
+    name = "adablock"
+    reads_decided = False
+
+    def __init__(
+        self,
+        threshold: float = 0.9,
+        delimiter_threshold: float = 0.3,
+        delimiters: Sequence[str | int] = ("\n", ".", ","),
+        window: float = 0.25,
+        least: int = 4,
+    ) -> None:
+        self.threshold = in_range("threshold", threshold, 0, 1)
+        self.delimiter_threshold = in_range("delimiter_threshold", delimiter_threshold, 0, 1)
+        self.window, self.least = in_range("window", window, 0, 1), whole("least", least, 1)
+        if isinstance(delimiters, str) or not delimiters:
+            raise ValueError(f"delimiters: {delimiters!r} given; a list of texts or ids, at least one, is needed")
+        self.delimiters = tuple(delimiters)
+        self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
+
+    def check(self, model: Any, *, block_length: int, cache: str) -> None:
+        given = [d for d in self.delimiters if isinstance(d, int)]
+        for i in given:
+            if not 0 <= i < model.vocab_size:
+                raise ValueError(f"delimiters: {i} given; ids 0 to {model.vocab_size - 1} allowed")
+        texts = [d for d in self.delimiters if isinstance(d, str)]
+        coded = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        unknown = getattr(model.tokenizer, "unk_token_id", None) if texts else None
+        self._ids = given + [ids[0] for ids in coded if len(ids) == 1 and ids[0] != unknown]
+        if not self._ids:
+            raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
+
+    def reach(self, block_length: int, gen_length: int) -> int:
+        return min(gen_length, max(block_length, int(self.window * gen_length)))
+
+    def begin(self, state: DecodeState) -> None:
+        self._lengths = torch.full_like(state.step, state.block_length)
+        self._delimiters = torch.tensor(self._ids, device=state.tokens.device)
+        self._block_length = state.block_length
+
+    def block_lengths(self, stats: RowStats, state: BlockState) -> Tensor:
+        offset = torch.arange(state.columns.shape[1], device=state.columns.device)
+        ends = torch.isin(stats.token, self._delimiters) & state.undecided & (stats.log_odds >= self._least_odds)
+        odds = stats.log_odds.masked_fill(~ends | (offset < self.least - 1), -torch.inf)
+        best, at = odds.max(1)
+        found = torch.where(best > -torch.inf, at + 1, self._block_length)
+        found = torch.where(state.step_in_block == 0, found, self._lengths[state.sequences])
+        self._lengths[state.sequences] = found
+        self._inside = offset < found[:, None]
+        return found
+
+    def score(self, stats: RowStats, state: BlockState) -> Tensor:
+        return stats.log_odds.masked_fill(~self._inside, -torch.inf)
+
+    def select(self, stats: RowStats, state: BlockState) -> Tensor:
+        return self._inside & (stats.log_odds >= self._bound)

@@ -1,0 +1,84 @@
+"""Every benchmark of whole decodes runs, at sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a script in this process (torch is loaded already) and gives what it printed."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr(sys, "argv", [script, *arguments, "--dry-run"])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        printed = capsys.readouterr().out
+        assert "appended" not in printed
+        return printed
+
+    return run
+
+
+def test_block_step(run: Run) -> None:
+    text = run("block_step.py", "--small", "--layers", "1", "--lengths", "64", "--batches", "2", "--seconds", "0")
+    assert "1 layers of 256, 8,192 words, float32" in text
+    assert "bytes floor" in text
+
+
+def test_scaling(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "scaling.png"
+    sizes = ["--lengths", "64", "128", "--batches", "1", "2", "--gen-lengths", "32", "64", "--prompt-length", "5"]
+    text = run("scaling.py", "--shape", "tiny", *sizes, "--seconds", "0", "--plot", str(picture))
+    assert all(title in text for title in ("a step by length", "a decode by batch", "a decode by gen_length"))
+    assert picture.stat().st_size > 0
+
+
+def test_end_to_end_on_the_demo_model(run: Run) -> None:
+    text = run("end_to_end.py", "--case", "demo", "--gen-lengths", "32", "--turns", "2")
+    for name in ("LLaDA's loop", "our op", "+ dual cache", "+ learned filter", "predicted", "Fast-dLLM's loop"):
+        assert name in text
+    assert text.count("100%") == 2  # both lines that must give a loop's tokens did
+
+
+@pytest.mark.slow
+def test_end_to_end_with_a_real_vocabulary(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bars.png"
+    text = run(
+        "end_to_end.py", "--case", "vocab", "--layers", "2", "--prompt-length", "16", "--gen-lengths", "64",
+        "--turns", "1", "--plot", str(picture),
+    )  # fmt: skip
+    assert "126,464 words" in text
+    assert "100%" in text
+    assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("end_to_end.py", ["--case", "8b", "--device", "cpu"], "this needs a GPU with 16 GiB free; --layers 2"),
+        ("end_to_end.py", ["--gen-lengths", "33"], "--gen-lengths: 33 given; multiples of 32 are needed"),
+        ("end_to_end.py", ["--turns", "0"], "--turns: 0 given; at least 1 is needed"),
+        ("block_step.py", ["--device", "cpu"], "needs a GPU with 15 GiB and more; --small runs on a CPU"),
+        ("block_step.py", ["--small", "--lengths", "32"], "--lengths must be above 32"),
+        ("scaling.py", ["--device", "cpu", "--shape", "8b"], "LLaDA-8B's shape needs a GPU"),
+        ("scaling.py", ["--lengths", "--batches", "--gen-lengths"], "are all empty"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    run: Run, capsys: pytest.CaptureFixture[str], script: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run(script, *arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
