@@ -124,8 +124,7 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         default="auto",
         metavar="NAME[=VALUE]",
-        help="auto, topk[=TOKENS A STEP], random, threshold[=0.9], factor[=1.0] or learn2pd[=FILTER FILE][@THRESHOLD]"
-        " (%(default)s)",
+        help=f"{cli_eval.POLICY_FORMS} (%(default)s)",
     )
     group.add_argument(
         "--cache",

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
     from dllm_engine.tasks import Sample
 
+POLICY_FORMS = (
+    "auto; topk, random, left_to_right, margin [=TOKENS A STEP]; threshold[=0.9], factor[=1.0],"
+    " learn2pd[=FILTER FILE][@THRESHOLD], entropy[=0.5], cad[=0.95/1/32/0.3], prophet[=7.5/5/2.5],"
+    " localleap[=0.9/0.75/4], hierarchical[=0.9/0.4], wedlm[=0.4/0.02], run_length[=0.9]; see docs/policies.md"
+)
 _TOKENS_A_STEP = (1, 2, 4, 8)
 _THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _FACTORS = (0.5, 0.7, 1.0, 1.3, 1.6)
@@ -58,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         nargs="+",
         metavar="NAME[=VALUE]",
-        help="auto, topk[=TOKENS A STEP], random, threshold[=0.9], factor[=1.0], learn2pd[=FILTER FILE][@THRESHOLD] or"
-        " oracle (topk auto)",
+        help=f"{POLICY_FORMS}; or oracle (topk auto)",
     )
     settings.add_argument(
         "--cache",

@@ -42,6 +42,7 @@ def generate(
         seeds=[seed] * rows,
         mask_id=model.mask_id,
         fill_id=model.fill_id,
+        end_ids=model.end_ids,
         buffers=buffers,
     )
     state.left.zero_()  # no row has work yet

@@ -81,8 +81,8 @@ def verify_(
     rope = tuple(t.repeat_interleave(count, 0) if len(t) > 1 else t for t in call.rope)
     mask = call.key_mask
     mask = mask.repeat_interleave(count, 0) if mask is not None and len(mask) > 1 else mask
-    caches = None if call.caches is None else [BranchCache.of(cache, count) for cache in call.caches]
-    hidden = model.hidden_states(queries, (rope[0], rope[1]), mask, caches, forward.joined)
+    caches = [BranchCache.of(cache, count) for cache in call.caches or ()]
+    hidden = model.hidden_states(queries, (rope[0], rope[1]), mask, [*caches] or None, forward.joined)
     if isinstance(call.block, slice):
         hidden = hidden[:, call.block]
     else:
@@ -118,5 +118,5 @@ def verify_(
         going &= (state.block_start[sequences] == start) & (state.active_end[sequences] == end)
         at = torch.where(going, same.int().argmax(1), at)
     state.step[sequences] = step  # one call, however many steps
-    for cache in caches or ():
+    for cache in caches:
         cache.keep(here * count + last)

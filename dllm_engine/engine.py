@@ -164,6 +164,7 @@ class Engine:
                 seeds=seeds,
                 mask_id=model.mask_id,
                 fill_id=model.fill_id,
+                end_ids=model.end_ids,
                 buffers=buffers,
             )
             stream = stream_to(streamer, state, list(range(batch)))

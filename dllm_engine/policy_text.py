@@ -1,19 +1,18 @@
-"""Policies as the command line writes them: ``threshold=0.95``, ``topk=2``, ``learn2pd=FILE@0.8``."""
+"""Policies as the command line writes them: ``threshold=0.95``, ``topk=2``, ``localleap=0.9/0.75/4``."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dllm_engine import policies
-from dllm_engine.policies import Factor, Policy, Threshold
+from dllm_engine.policies import Policy, Threshold, TopK
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
-
-_RULES: dict[str, type[Threshold] | type[Factor]] = {"threshold": Threshold, "factor": Factor}
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,20 @@ class PolicyText:
 
     Attributes:
         name: a name of `policies.names`, ``"auto"`` or ``"oracle"``.
-        value: the threshold, the factor, the tokens a step of ``topk``, or the threshold of a filter.
+        value: the rule's first parameter, the threshold of a filter, or the tokens a step of a static schedule.
         file: of a filter; None is the model's own.
+        more: the rule's further parameters in order.
     """
 
     name: str
     value: float | None = None
     file: str | None = None
+    more: tuple[float, ...] = ()
 
     @classmethod
     def parse(cls, text: str, *, oracle: bool = False) -> PolicyText:
-        """From ``threshold=0.95``, ``factor=1``, ``topk=2``, ``learn2pd=FILE``, ``learn2pd=FILE@0.8``, ``learn2pd@0.8``
-        or a bare name.
+        """From ``threshold=0.95``, ``wedlm=0.4/0.02``, ``topk=2``, ``learn2pd=FILE``, ``learn2pd=FILE@0.8``,
+        ``learn2pd@0.8`` or a bare name.
 
         Raises:
             ValueError: anything else (``oracle`` says whether that one is known), or a value out of range.
@@ -41,7 +42,7 @@ class PolicyText:
         """
         name, equals, value = text.partition("=")
         if not equals and name.startswith("learn2pd@"):
-            return cls("learn2pd", _in_range("learn2pd", name.partition("@")[2]))
+            return cls("learn2pd", _filter_threshold(name.partition("@")[2]))
         known = ["auto", *policies.names(), *(["oracle"] if oracle else [])]
         if name not in known:
             raise ValueError(f"policy: {text!r} given; known: {', '.join(known)}")
@@ -53,10 +54,14 @@ class PolicyText:
                 file, at = value, ""
             if not Path(file).exists():
                 raise FileNotFoundError(f"filter: {file} does not exist")
-            return cls(name, _in_range(name, tail) if at else None, file)
-        if name not in ("topk", *_RULES):
-            raise ValueError(f"policy: {text!r} given; only topk, {', '.join(_RULES)} and learn2pd take a value")
-        return cls(name, _in_range(name, value))
+            return cls(name, _filter_threshold(tail) if at else None, file)
+        if name not in policies.RULES:
+            raise ValueError(f"policy: {text!r} given; {name} takes no value")
+        if _is_static(name):
+            return cls(name, _tokens_a_step(name, value))
+        first, *more = (_number(name, part) for part in value.split("/"))
+        _make(name, first, *more)
+        return cls(name, first, None, tuple(more))
 
     def make(self, model: LLaDA) -> Policy | str:
         """The policy for `decode`; a bare name stays a name.
@@ -66,7 +71,9 @@ class PolicyText:
         """
         if self.name == "learn2pd" and (self.file or self.value is not None):
             return policies.Learn2PD(self.file or str(model.path), self.value)
-        return _RULES[self.name](self.value) if self.name in _RULES and self.value is not None else self.name
+        if self.value is None or _is_static(self.name):
+            return self.name
+        return _make(self.name, self.value, *self.more)
 
     def steps(self, gen_length: int, steps: int | None = None) -> int | None:
         """Steps of the static schedule: ``topk=K`` commits K tokens in each.
@@ -74,23 +81,44 @@ class PolicyText:
         Raises:
             ValueError: K does not divide ``gen_length``, or ``steps`` was given as well.
         """
-        if self.name != "topk" or self.value is None:
+        if self.value is None or not _is_static(self.name):
             return steps
+        text = f"{self.name}={self.value:.0f}"
         if steps is not None:
-            raise ValueError(f"steps: {steps} given; topk={self.value:.0f} sets its own, one of them must go")
+            raise ValueError(f"steps: {steps} given; {text} sets its own, one of them must go")
         if gen_length % self.value:
-            raise ValueError(f"policy: topk={self.value:.0f} given; tokens a step must divide gen_length {gen_length}")
+            raise ValueError(f"policy: {text} given; tokens a step must divide gen_length {gen_length}")
         return gen_length // int(self.value)
 
 
-def _in_range(name: str, text: str) -> float:
+def _is_static(name: str) -> bool:
+    """Whether the rule has no parameter of its own but the tokens a step of LLaDA's schedule."""
+    return name in policies.RULES and issubclass(policies.RULES[name], TopK)
+
+
+def _make(name: str, *values: float) -> Policy:
+    rule: Any = policies.RULES[name]
+    parameters = inspect.signature(rule).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(values) > len(allowed):
+        raise ValueError(f"policy: {len(values)} values given for {name}; it has {', '.join(allowed)}")
+    made: Policy = rule(*values)
+    return made
+
+
+def _number(name: str, text: str) -> float:
     try:
-        number = float(text)
+        return float(text)
     except ValueError:
         raise ValueError(f"policy: {text!r} given for {name}; a number is needed") from None
-    if name == "topk":
-        if number < 1 or number != math.floor(number):
-            raise ValueError(f"policy: {text!r} given for topk; a whole number of tokens a step, at least 1, is needed")
-    else:
-        _RULES.get(name, Threshold)(number)  # a filter's threshold has the range of a threshold
+
+
+def _filter_threshold(text: str) -> float:
+    return Threshold(_number("learn2pd", text)).threshold  # it has the range of one
+
+
+def _tokens_a_step(name: str, text: str) -> float:
+    number = _number(name, text)
+    if not (math.isfinite(number) and number >= 1 and number == math.floor(number)):
+        raise ValueError(f"policy: {text!r} given for {name}; a whole number of tokens a step, at least 1, is needed")
     return number

@@ -256,8 +256,8 @@ def commit_(
         state.tokens.masked_fill_(beyond, state.fill_id)
         state.undecided &= ~beyond
 
-    moved = state.block_length if lengths is None else lengths
-    inside = columns - columns[:, :1] < (moved if lengths is None else moved[:, None])
+    moved = torch.full_like(sequences, state.block_length) if lengths is None else lengths
+    inside = columns - columns[:, :1] < moved[:, None]
     remains = (state.undecided[rows, columns] & inside).any(1)
     held = torch.zeros_like(remains) if stays is None else stays & ~remains
     state.left[sequences] = state.undecided[sequences].sum(1) + held

@@ -93,14 +93,29 @@ def by_filter(
     return Rule(never, weights, cut, decided_is_one, position)
 
 
+def least_log_odds(confidence: float, *, above: bool = False) -> float:
+    """What log-odds are compared with: ``log_odds >= least_log_odds(c)`` is "confidence at least c" in float32.
+
+    ``above``: "confidence above c" instead.
+    """
+    wanted = torch.tensor(confidence, dtype=torch.float32)
+    if above:
+        wanted = torch.nextafter(wanted, torch.tensor(_INF))
+    return _log_odds_bounds((wanted.item(),)).item()
+
+
 @cache
 def _log_odds_bounds(confidences: tuple[float, ...]) -> Tensor:
-    """The least float32 log-odds whose float32 sigmoid is at least each confidence (as float32); bisected."""
+    """The least float32 log-odds whose sigmoid, rounded to float32, is at least each confidence (as float32); bisected.
+
+    In float64 first: torch's own float32 sigmoid is not monotonic in the last place, nor the same in tensors of
+    different lengths.
+    """
     wanted = torch.tensor(confidences, dtype=torch.float32)
     low, high = torch.full_like(wanted, -110.0), torch.full_like(wanted, 110.0)  # sigmoid is 0 and 1 there
     for _ in range(64):
         middle = (low / 2 + high / 2).float()
-        enough = torch.sigmoid(middle) >= wanted
+        enough = torch.sigmoid(middle.double()).float() >= wanted
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return torch.where(wanted <= 0, -_INF, torch.where(wanted > 1, _INF, high))
 

@@ -22,6 +22,9 @@ class BlockState:
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
         tokens: int64 [B', S], what the canvas holds. step_in_block: int64 [B'], calls since the block began.
+        left: int64 [B'], undecided columns of the whole sequence. text_length: int64 [B'], columns of the generation
+            before the end of the text, all of them until an end is known.
+        end_ids: int64 [E], the model's end ids.
     """
 
     sequences: Tensor
@@ -33,11 +36,19 @@ class BlockState:
     noise_keys: Tensor
     tokens: Tensor
     step_in_block: Tensor
+    left: Tensor
+    text_length: Tensor
+    end_ids: Tensor
 
     @property
     def positions(self) -> Tensor:
         """int64 [B', S], counted from the start of the generation."""
         return self.noise_keys[..., 1]
+
+    @property
+    def progress(self) -> Tensor:
+        """Share of the text that is decided, float32 [B'], 0 to 1: what is behind an end of the text does not count."""
+        return (self.text_length - self.left).float() / self.text_length.float()
 
 
 class DecodeState:
@@ -46,7 +57,8 @@ class DecodeState:
     Attributes:
         tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L]. predicted: int64 [B, L], the
             last prediction of each column that was undecided in a call, −1 before.
-        padding: int64 [B], left-padding columns. seeds: int64 [B]. quota: int64 [block_length], per step of a block.
+        padding: int64 [B], left-padding columns. seeds: int64 [B]. end_ids: int64 [E].
+        quota: int64 [block_length], per step of a block.
         progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
             block_start; active_end, first column after the end of the text; step_in_block, 0 exactly when a block
             begins; failed_at, first column without a valid token, L if none; step, calls made; left, undecided columns.
@@ -73,6 +85,7 @@ class DecodeState:
         seeds: Sequence[int],
         mask_id: int,
         fill_id: int,
+        end_ids: Sequence[int] = (),
         buffers: Buffers | None = None,
     ) -> None:
         """``prompt`` int64 [B, P] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
@@ -90,6 +103,7 @@ class DecodeState:
         self.with_idle.padding = rows[5]
         self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.padding = (t[:batch] for t in rows)
         self.quota = quota
+        self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self.padding.copy_(padding)
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
         self._begin(slice(None), prompt)
@@ -155,12 +169,13 @@ class DecodeState:
         prompt_length: int,
         fill_id: int,
     ) -> DecodeState:
-        """The state that shares these tensors; it has no padding."""
+        """The state that shares these tensors; it has no padding and no end ids."""
         state = cls.__new__(cls)
         state.tokens, state.undecided, state.predicted = tokens, undecided, predicted
         state.progress, state.seeds, state.quota = progress, seeds, quota
         (state.batch, state.length), state.block_length = tokens.shape, len(quota)
         state.prompt_length, state.fill_id = prompt_length, fill_id
+        state.end_ids = tokens.new_empty(0)
         return state
 
     def block(self, sequences: Tensor, width: int) -> BlockState:
@@ -181,6 +196,9 @@ class DecodeState:
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),
             tokens=self.tokens[rows, columns],
             step_in_block=step_in_block,
+            left=self.left[sequences],
+            text_length=self.active_end[sequences] - self.prompt_length,
+            end_ids=self.end_ids,
         )
 
 

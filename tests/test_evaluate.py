@@ -220,6 +220,11 @@ def test_policy_texts(demo_model: LLaDA, tmp_path: Path) -> None:
     assert made.threshold == 0.6
     made = PolicyText.parse("factor=1.5").make(demo_model)
     assert made.factor == 1.5
+    made = PolicyText.parse("localleap=0.8/0.5/3").make(demo_model)
+    assert repr(made) == "LocalLeap(anchor=0.8, relaxed=0.5, window=3)"
+    assert PolicyText.parse("wedlm").make(demo_model) == "wedlm"
+    assert PolicyText.parse("margin=4").make(demo_model) == "margin"
+    assert PolicyText.parse("margin=4").steps(32) == 8
     assert PolicyText.parse("topk=4").make(demo_model) == "topk"
     assert PolicyText.parse("topk=4").steps(32) == 8
     assert PolicyText.parse("threshold=0.9").steps(32) is None
@@ -412,7 +417,12 @@ def test_a_missing_matplotlib_is_told_before_decoding(command: Command, monkeypa
         ("--tasks copy --names 5 3", "--names: shortest, longest: 5, 3 given"),
         ("--tasks worded_sums --largest 200", "--sum-steps, --largest: steps, largest: 3, 200 given"),
         ("--policy best", "policy: 'best' given; known: auto, topk"),
-        ("--policy random=3", "only topk, threshold, factor and learn2pd take a value"),
+        ("--policy oracle=3", "policy: 'oracle=3' given; oracle takes no value"),
+        ("--policy random=0", "'0' given for random; a whole number of tokens a step"),
+        ("--policy entropy=-1", "threshold: -1.0 given; a finite number ≥ 0"),
+        ("--policy localleap=0.9/0.95", "relaxed: 0.95 given; 0 to 0.9 allowed"),
+        ("--policy wedlm=0.4/0.02/3", "policy: 3 values given for wedlm; it has threshold, penalty"),
+        ("--policy cad=0.9/x", "'x' given for cad; a number is needed"),
         ("--policy threshold@3", "policy: 'threshold@3' given; known"),
         ("--policy factor=a", "'a' given for factor; a number is needed"),
         ("--policy learn2pd@a", "'a' given for learn2pd; a number is needed"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dllm_engine
-from dllm_engine import Engine, LearnedFilter, LLaDA, decode
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode, policies
 from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold
 
 PACKAGE = str(Path(dllm_engine.__file__).parent)
@@ -98,6 +98,14 @@ def test_a_step_reads_nothing(model: LLaDA, watch: Watch, policy: str, cache: st
     assert watch.seen > 50 * out.forward_passes
     assert not watch.waits, "\n".join(sorted(set(watch.waits)))
     assert torch.equal(out.sequences, decode(model, PROMPTS, seed=0, **settings, **extra).sequences)
+
+
+@pytest.mark.parametrize("policy", [name for name in policies.names() if name != "learn2pd"])
+def test_a_step_of_every_rule_reads_nothing(model: LLaDA, watch: Watch, policy: str) -> None:
+    with watch:
+        out = decode(model, PROMPTS, seed=0, gen_length=16, block_length=8, policy=policy)
+    assert watch.seen > 50 * out.forward_passes
+    assert not watch.waits, "\n".join(sorted(set(watch.waits)))
 
 
 def test_a_step_of_many_prompts_reads_nothing(model: LLaDA, watch: Watch) -> None:

@@ -68,15 +68,16 @@ class OracleModel(LLaDA):
         self,
         tokens: Tensor,
         rope: tuple[Tensor, Tensor],
-        key_mask: Tensor | None = None,
+        seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
+        joined: list[Joined | None] | None = None,
     ) -> Tensor:
         """See `LLaDA.hidden_states`: [B, L, D] for tokens [B, L], a prompt of `prompts` and the answer's columns.
 
         Raises:
             ValueError: rows or keys are left out.
         """
-        if caches is not None or key_mask is not None:
+        if caches is not None or seen is not None:
             raise ValueError(
                 'the oracle reads whole canvases: cache "none", end_of_text "off" and no padding are needed'
             )

@@ -10,24 +10,50 @@ from typing import TYPE_CHECKING
 import torch
 
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
+from dllm_engine.policies.adablock import AdaBlock
 from dllm_engine.policies.base import Policy, RulePolicy
+from dllm_engine.policies.cad import CAD
+from dllm_engine.policies.credit import Credit
+from dllm_engine.policies.editing import TokenEditing
+from dllm_engine.policies.entropy import Entropy
+from dllm_engine.policies.ete import ExploreExploit
+from dllm_engine.policies.freedave import FreeDave
+from dllm_engine.policies.hierarchical import Hierarchical
 from dllm_engine.policies.learn2pd import Learn2PD
+from dllm_engine.policies.left_to_right import LeftToRight
+from dllm_engine.policies.localleap import LocalLeap
+from dllm_engine.policies.margin import Margin
 from dllm_engine.policies.oracle import Oracle
+from dllm_engine.policies.prophet import Prophet
+from dllm_engine.policies.run_length import RunLength
 from dllm_engine.policies.threshold import Factor, Threshold
 from dllm_engine.policies.topk import Random, TopK
+from dllm_engine.policies.wedlm import WeDLM
 from dllm_engine.rules import MAX_FILTER, Rule
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
-__all__ = ["Factor", "Learn2PD", "Oracle", "Policy", "Random", "Threshold", "TopK", "names", "resolve"]
+__all__ = [
+    "CAD", "RULES", "AdaBlock", "Credit", "Entropy", "ExploreExploit", "Factor", "FreeDave", "Hierarchical", "Learn2PD",
+    "LeftToRight", "LocalLeap", "Margin", "Oracle", "Policy", "Prophet", "Random", "RunLength", "Threshold",
+    "TokenEditing", "TopK", "WeDLM", "names", "resolve",
+]  # fmt: skip
 
-_RULES: dict[str, type[Policy]] = {rule.name: rule for rule in (TopK, Random, Threshold, Factor, Learn2PD)}
+# By name; what a name alone makes. The oracle is none of them: it must be told an answer.
+RULES: dict[str, type[Policy]] = {
+    rule.name: rule
+    for rule in (
+        *(TopK, Random, Threshold, Factor, Learn2PD, LeftToRight, Margin),
+        *(Entropy, CAD, Prophet, LocalLeap, Hierarchical, WeDLM, RunLength),
+        *(Credit, TokenEditing, AdaBlock, ExploreExploit, FreeDave),
+    )
+}
 
 
 def names() -> list[str]:
     """Names that ``decode(policy=...)`` takes beside ``"auto"``."""
-    return list(_RULES)
+    return list(RULES)
 
 
 def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str) -> Policy:
@@ -43,9 +69,9 @@ def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str
     if isinstance(policy, str):
         if policy == "auto":
             return _auto(model, block_length, cache)
-        if policy not in _RULES:
-            raise ValueError(f"policy: {policy!r} given; known: auto, {', '.join(_RULES)}")
-        policy = Learn2PD(_shipped_filter(model)) if policy == Learn2PD.name else _RULES[policy]()
+        if policy not in RULES:
+            raise ValueError(f"policy: {policy!r} given; known: auto, {', '.join(RULES)}")
+        policy = Learn2PD(_shipped_filter(model)) if policy == Learn2PD.name else RULES[policy]()
     if not isinstance(policy, Policy):
         raise TypeError(f"policy: {type(policy).__name__} given; a name or a policies.Policy is needed")
     policy.check(model, block_length=block_length, cache=cache)

@@ -24,6 +24,7 @@ class AdaBlock(Policy):
 
     Args:
         threshold, delimiter_threshold, window: 0 to 1.
+        least: ≥ 1.
         delimiters: texts, of which the tokenizer must have at least one as a single token; or ids.
     """
 
@@ -34,9 +35,10 @@ class AdaBlock(Policy):
         self,
         threshold: float = 0.9,
         delimiter_threshold: float = 0.3,
-        delimiters: Sequence[str | int] = ("\n", ".", ","),
         window: float = 0.25,
         least: int = 4,
+        *,
+        delimiters: Sequence[str | int] = ("\n", ".", ","),
     ) -> None:
         self.threshold = in_range("threshold", threshold, 0, 1)
         self.delimiter_threshold = in_range("delimiter_threshold", delimiter_threshold, 0, 1)

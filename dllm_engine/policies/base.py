@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dllm_engine.reference import RowStats, commit_
 from dllm_engine.rules import Rule, select
 from dllm_engine.state import BlockState, DecodeState
+
+
+def in_range(name: str, value: float, least: float, most: float = math.inf) -> float:
+    """A parameter of a rule; ValueError, naming it, if it is not a finite number in the range."""
+    if not (math.isfinite(value) and least <= value <= most):
+        allowed = f"{least} to {most} allowed" if most < math.inf else f"a finite number ≥ {least} is allowed"
+        raise ValueError(f"{name}: {value} given; {allowed}")
+    return float(value)
+
+
+def whole(name: str, value: float, least: int) -> int:
+    """A parameter that counts; ValueError, naming it, if it is no whole number or too small."""
+    if not math.isfinite(value) or value != int(value) or value < least:
+        raise ValueError(f"{name}: {value} given; a whole number ≥ {least} is allowed")
+    return int(value)
 
 
 class Policy:
@@ -95,6 +112,4 @@ def decide_(policy: Policy, state: DecodeState, block: BlockState, stats: RowSta
     lengths = policy.block_lengths(stats, block)
     score, selected, tokens = policy.score(stats, block), policy.select(stats, block), policy.tokens(stats, block)
     edited, stays = policy.edit(stats, block), policy.stay(stats, block)
-    commit_(
-        state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths
-    )
+    commit_(state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths)

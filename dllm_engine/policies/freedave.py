@@ -22,14 +22,14 @@ class FreeDave(Policy):
     shapes, so ties closer than that can fall otherwise. A call costs as many rows as ``drafts`` calls.
 
     Args:
-        rule: any rule that decides by the statistics of one pass; one token a step by default.
         drafts: canvases a call, ≥ 2.
+        rule: any rule that decides by the statistics of one pass; one token a step by default.
     """
 
     name = "freedave"
     greedy = True
 
-    def __init__(self, rule: Policy | None = None, drafts: int = 8) -> None:
+    def __init__(self, drafts: int = 8, *, rule: Policy | None = None) -> None:
         self.rule_ = TopK() if rule is None else rule
         self.drafts = whole("drafts", drafts, 2)
         base = type(self.rule_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dllm_engine.filter import DEFAULT_THRESHOLD, LearnedFilter
-from dllm_engine.policies.base import RulePolicy
+from dllm_engine.policies.base import RulePolicy, in_range
 from dllm_engine.rules import Rule, by_filter
 
 
@@ -23,9 +23,7 @@ class Learn2PD(RulePolicy):
         self.filter = filter if isinstance(filter, LearnedFilter) else LearnedFilter.from_pretrained(filter)
         if threshold is None:
             threshold = self.filter.threshold if self.filter.threshold is not None else DEFAULT_THRESHOLD
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: {threshold} given; 0 to 1 allowed")
-        self.threshold = float(threshold)
+        self.threshold = in_range("threshold", threshold, 0, 1)
 
     @property
     def reads_decided(self) -> bool:  # type: ignore[override]

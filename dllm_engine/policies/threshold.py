@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from dllm_engine.policies.base import RulePolicy
+from dllm_engine.policies.base import RulePolicy, in_range
 from dllm_engine.rules import Rule, by_bounds
 
 
@@ -17,9 +15,7 @@ class Threshold(RulePolicy):
     reads_decided = False
 
     def __init__(self, threshold: float = 0.9) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: {threshold} given; 0 to 1 allowed")
-        self.threshold = float(threshold)
+        self.threshold = in_range("threshold", threshold, 0, 1)
 
     def rule(self, block_length: int, device: torch.device) -> Rule:
         return by_bounds((self.threshold,) * block_length, device)
@@ -32,9 +28,7 @@ class Factor(RulePolicy):
     reads_decided = False
 
     def __init__(self, factor: float = 1.0) -> None:
-        if not (math.isfinite(factor) and factor >= 0):
-            raise ValueError(f"factor: {factor} given; a finite number ≥ 0 is allowed")
-        self.factor = float(factor)
+        self.factor = in_range("factor", factor, 0)
 
     def rule(self, block_length: int, device: torch.device) -> Rule:
         n = torch.arange(1, block_length + 1)
