@@ -124,7 +124,7 @@ class Loop:
             predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, self.end_ids, scoring)
 
     def _verify(self, joining: list[int]) -> None:
-        """One model call of every draft of sequences inside their blocks, and the rule's steps as far as drafts hold."""
+        """One model call of all drafts of sequences, and the rule's steps as far as drafts hold."""
         starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
         width = min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
         call = self.forward.planned(joining, starts, ends, refresh=False, width=width)

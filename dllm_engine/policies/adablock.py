@@ -54,9 +54,8 @@ class AdaBlock(Policy):
             if not 0 <= i < model.vocab_size:
                 raise ValueError(f"delimiters: {i} given; ids 0 to {model.vocab_size - 1} allowed")
         texts = [d for d in self.delimiters if isinstance(d, str)]
-        coded = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        unknown = getattr(model.tokenizer, "unk_token_id", None) if texts else None
-        self._ids = given + [ids[0] for ids in coded if len(ids) == 1 and ids[0] != unknown]
+        found = [_single_token(model.tokenizer, text) for text in texts]
+        self._ids = given + [i for i in found if i is not None]
         if not self._ids:
             raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
 
@@ -84,3 +83,10 @@ class AdaBlock(Policy):
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         return self._inside & (stats.log_odds >= self._bound)
+
+
+def _single_token(tokenizer: Any, text: str) -> int | None:
+    """The id of a text that is one token, as it is encoded alone or as it stands in the vocabulary."""
+    coded = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = coded[0] if len(coded) == 1 else tokenizer.convert_tokens_to_ids(text)
+    return None if found is None or found == tokenizer.unk_token_id else int(found)

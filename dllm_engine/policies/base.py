@@ -54,8 +54,8 @@ class Policy:
         """What is committed where, int64 [B, S]; the predictions unless a rule says otherwise."""
         return stats.token
 
-    # What only some rules need. A step calls `probes`, `block_lengths`, `score`, `select`, `tokens`, `edit` and `stay`, in
-    # this order, once each.
+    # What only some rules need. A step calls `probes`, `block_lengths`, `score`, `select`, `tokens`, `edit` and `stay`,
+    # in this order, once each.
 
     def reach(self, block_length: int, gen_length: int) -> int:
         """Columns from a block's start that a call computes and the rule sees and may commit; S is at most that."""
