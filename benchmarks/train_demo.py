@@ -411,9 +411,9 @@ def train(name: str, args: argparse.Namespace) -> bool:
     final = accuracy(
         model.bfloat16().float(), stage, args.final_prompts, 999, dict.fromkeys(stage.tasks, stage.names[1])
     )
-    passed = all(final[task] >= gate for task, gate in stage.gates.items())
+    missed = {t: final[t] for t, gate in stage.gates.items() if final[t] < gate}
     about = {
-        "stage": name, "passed": passed, "waived": args.waive,
+        "stage": name, "passed": not missed, "waived": sorted(missed.keys() & set(args.waive)),
         "accuracy": final, "prompts_per_task": args.final_prompts, "decoding": "one token per step from a full mask",
         "command": f"python benchmarks/train_demo.py --stage {name} --steps {steps} --seed {args.seed}",
         "seconds": round(seconds), "tokens": seen, "settings": asdict(stage), "torch": torch.__version__,
@@ -423,7 +423,6 @@ def train(name: str, args: argparse.Namespace) -> bool:
     (RESULTS / f"stage_{name}.json").write_text(json.dumps(about | {"history": history}, indent=1) + "\n")
     plot(history, RESULTS / f"stage_{name}.png")
     save_model(model, run)
-    missed = {t: final[t] for t, gate in stage.gates.items() if final[t] < gate}
     if not missed.keys() <= set(args.waive):
         print(f"gate of stage {name} missed by {missed}: not shipped; --stage {name} --steps beyond {steps} trains on")
         return False
