@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
-DEFAULT_QUESTIONS = 3000
+DEFAULT_QUESTIONS = 4000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ Both decodes are `decode()` itself, so a filter is trained on the numbers that i
 
 The published traces visit the oracle's states only. A filter commits less than the oracle, and then meets states that
 it never saw: of what one trained so committed on the demo model under 0.9 confidence, 1 % was wrong at the first step,
-46 % at the second. So the replay of a prompt is more or less cautious: it holds right predictions back that are
-under some confidence.
+46 % at the second. So a prompt is replayed several times, more and more cautiously: right predictions under some
+confidence are held back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dllm_engine.state import BlockState
 INDEX_FILE = "traces.json"
 FIELDS = ("log_odds", "margin", "entropy")  # float32; then the booleans and the prompt
 FLAGS = ("undecided", "active", "stable", "final")
-CAUTION = (0.0, 0.3, 0.5, 0.7, 0.9)  # confidences under which a replay commits nothing, one prompt after the other
+CAUTION = (0.0, 0.3, 0.5, 0.7, 0.9)  # confidences under which a replay commits nothing; 0 is the oracle
 
 
 class Recorder(Oracle):
@@ -38,13 +38,13 @@ class Recorder(Oracle):
 
     Args:
         answer: int64 [B, gen_length], see `Oracle`.
-        caution: float32 [B], confidences under which nothing is committed beyond one position a step; 0 is the oracle.
+        caution: confidence under which nothing is committed beyond one position a step; 0 is the oracle.
     """
 
     name = "recorder"
     reads_decided = True  # the published filter sees the confidences of decided positions
 
-    def __init__(self, answer: Tensor, block_length: int, caution: Tensor) -> None:
+    def __init__(self, answer: Tensor, block_length: int, caution: float) -> None:
         super().__init__(answer)
         self._block_length, self._caution, self._steps = block_length, caution, list[dict[str, Tensor]]()
 
@@ -62,13 +62,11 @@ class Recorder(Oracle):
         missing = self._block_length - final.shape[1]  # a ragged batch's last blocks
         padded = {name: torch.nn.functional.pad(value, (0, missing)) for name, value in step.items()}
         self._steps.append(padded | {"prompt": state.sequences})
-        return final & (stats.confidence >= self._caution.to(final.device)[state.sequences, None])
+        return final & (stats.confidence >= self._caution)
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
-        final = super().select(stats, state)  # not recorded a second time
-        cautious = self._caution.to(final.device)[state.sequences, None] > 0
         # the oracle's one guaranteed position is a right one; a cautious replay's is the surest, as any rule's
-        return torch.where(final & ~cautious, float("inf"), stats.log_odds)
+        return stats.log_odds if self._caution else super().score(stats, state)
 
     def steps(self) -> dict[str, Tensor]:
         """What was recorded: fields [N, block_length], ``prompt`` int64 [N] (row of the batch)."""
@@ -105,7 +103,7 @@ def collect(
         "gen_length": gen_length, "block_length": block_length, "cache": cache, "end_of_text": end_of_text,
         "batch_size": batch_size,
     }  # fmt: skip
-    index = {"format": "dllm-engine traces 2", "caution": list(CAUTION), "settings": settings, "prompts": len(prompts)}
+    index = {"format": "dllm-engine traces 3", "caution": list(CAUTION), "settings": settings, "prompts": len(prompts)}
     index |= {"prompts_sha256": _digest(prompts), "model_sha256": fingerprint(model)}
     _claim(folder / INDEX_FILE, index)
     shards = []
@@ -116,10 +114,12 @@ def collect(
             options: dict[str, Any] = {**settings, "backend": backend, "seed": 0}
             del options["batch_size"]
             answer = decode(model, batch, policy="topk", **options).sequences[:, -gen_length:]
-            caution = [CAUTION[i % len(CAUTION)] for i in range(first, first + len(batch))]
-            recorder = Recorder(answer, block_length, torch.tensor(caution))
-            decode(model, batch, policy=recorder, **options)
-            steps = recorder.steps()
+            replays = []
+            for caution in CAUTION:
+                recorder = Recorder(answer, block_length, caution)
+                decode(model, batch, policy=recorder, **options)
+                replays.append(recorder.steps())
+            steps = {name: torch.cat([replay[name] for replay in replays]) for name in replays[0]}
             steps["prompt"] += first
             save_file(steps, file.with_suffix(".new"))  # an interruption leaves no half shard
             file.with_suffix(".new").replace(file)

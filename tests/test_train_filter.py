@@ -31,32 +31,39 @@ def test_a_trace_is_the_model_s_own_decode_replayed(tmp_path: Path) -> None:
     found = collect(model, tmp_path, cache="none")
     prompt = PROMPTS[0]
     answer = decode(model, [prompt], policy="topk", **(SETTINGS | {"cache": "none"})).sequences[0, len(prompt) :]
-    canvas, step = [*prompt, *[model.mask_id] * 16], 0
-    rows = {name: value[found["prompt"] == 0] for name, value in found.items()}
-    for block in (0, 8):
-        undecided = set(range(8))
-        predicted: dict[int, int] = {}
-        while undecided:
-            with torch.inference_mode():
-                logits = model(torch.tensor([canvas]))[0, len(prompt) + block :][:8].double().numpy()
-            logits[:, model.mask_id] = -np.inf
-            logits[:, model.vocab_size :] = -np.inf
-            best, second = np.sort(logits, axis=1)[:, -1], np.sort(logits, axis=1)[:, -2]
-            token = logits.argmax(1)
-            for i in range(8):
-                assert rows["undecided"][step, i].item() == (i in undecided)
-                assert rows["final"][step, i].item() == (token[i] == int(answer[block + i]))
-                if i in undecided:
-                    assert rows["margin"][step, i].item() == pytest.approx(best[i] - second[i], abs=1e-3)
-                    assert rows["stable"][step, i].item() == (predicted.get(i) == token[i])
-            right = {i for i in undecided if token[i] == int(answer[block + i])}
-            if not right:
-                right = {max(undecided, key=lambda i: rows["log_odds"][step, i].item())}
-            for i in right:
-                canvas[len(prompt) + block + i] = int(answer[block + i])
-            predicted = {i: int(token[i]) for i in undecided}
-            undecided -= right
-            step += 1
+    rows, step = {name: value[found["prompt"] == 0] for name, value in found.items()}, 0
+    for caution in traces.CAUTION:  # one replay after the other
+        canvas = [*prompt, *[model.mask_id] * 16]
+        for block in (0, 8):
+            undecided = set(range(8))
+            predicted: dict[int, int] = {}
+            while undecided:
+                with torch.inference_mode():
+                    logits = model(torch.tensor([canvas]))[0, len(prompt) + block :][:8].double()
+                confidences = logits.softmax(1).numpy()
+                logits = logits.numpy()
+                logits[:, model.mask_id] = -np.inf
+                logits[:, model.vocab_size :] = -np.inf
+                best, second = np.sort(logits, axis=1)[:, -1], np.sort(logits, axis=1)[:, -2]
+                token = logits.argmax(1)
+                for i in range(8):
+                    assert rows["undecided"][step, i].item() == (i in undecided)
+                    assert rows["final"][step, i].item() == (token[i] == int(answer[block + i]))
+                    if i in undecided:
+                        assert rows["margin"][step, i].item() == pytest.approx(best[i] - second[i], abs=1e-3)
+                        assert rows["stable"][step, i].item() == (predicted.get(i) == token[i])
+                right = {i for i in undecided if token[i] == int(answer[block + i])}
+                chosen = {i for i in right if confidences[i, token[i]] >= caution}
+                # one is always committed: the oracle's is right if any is, a cautious replay's is the surest
+                surest = max(right or undecided, key=lambda i: rows["log_odds"][step, i].item())
+                if caution:
+                    surest = max(undecided, key=lambda i: rows["log_odds"][step, i].item())
+                chosen |= {surest}
+                for i in chosen:
+                    canvas[len(prompt) + block + i] = int(answer[block + i])
+                predicted = {i: int(token[i]) for i in undecided}
+                undecided -= chosen
+                step += 1
     assert step == len(rows["final"])
 
 
@@ -64,22 +71,24 @@ def test_an_interrupted_collection_goes_on(tmp_path: Path, monkeypatch: pytest.M
     model = tiny_model(seed=5)
     whole = collect(model, tmp_path / "whole")
     calls = []
+    stop = True
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(args)
-        if len(calls) == 4:
+        if stop and len(calls) == 8:
             raise KeyboardInterrupt
         return decode(*args, **options)
 
     monkeypatch.setattr(traces, "decode", counted)
     with pytest.raises(KeyboardInterrupt):
         collect(model, tmp_path / "part")
-    calls[3:] = [()] * 5
+    stop = False
+    calls.clear()
     again = collect(model, tmp_path / "part")
-    assert len(calls) == 3 + 5 + 4  # two of three batches were missing, two decodes each
+    assert len(calls) == 2 * 6  # two of three batches were missing, a decode and five replays each
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     collect(model, tmp_path / "part")
-    assert len(calls) == 3 + 5 + 4
+    assert len(calls) == 2 * 6
 
 
 def test_traces_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -43,4 +43,4 @@ class Oracle(Policy):
         return stats.token == self.tokens(stats, state)
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
-        return torch.where(self.select(stats, state), float("inf"), stats.log_odds)
+        return torch.where(stats.token == self.tokens(stats, state), float("inf"), stats.log_odds)
