@@ -241,6 +241,11 @@ def test_confidences_are_compared_as_float32() -> None:
     entropies = make_stats(block, entropy=[[0.45, float(np.nextafter(np.float32(0.45), np.float32(1)))]])
     assert Entropy(0.45).select(entropies, block).tolist() == [[True, False]]
     assert WeDLM(0.45, 0).select(entropies, block).tolist() == [[False, False]]  # strictly below
+    half = make_stats(block, log_odds=0.0)
+    for policy in (LocalLeap(0.5, 0.5), LocalLeap(0.5, 0, 0), RunLength(0.5), CAD(0.5)):
+        assert policy.select(half, block)[0, 0], policy
+    for policy in (Hierarchical(0.5, 0.5), Hierarchical(0.9, 0.5)):  # strictly above
+        assert not policy.select(half, block).any(), policy
 
 
 # -- what each is for ------------------------------------------------------------------------------------------------

@@ -54,6 +54,16 @@ def test_every_rule_runs_to_the_end(demo_model: LLaDA, prompts: list[list[int]],
     assert alone.sequence_passes[0] == outs[1].sequence_passes[1]
 
 
+RANDOM_PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
+
+
+def ending_model() -> LLaDA:
+    """Random, with end ids that come up now and then."""
+    model = tiny_model(seed=5)
+    model.lm_head[1] = model.lm_head[40] * 1.3
+    return model
+
+
 WIDE: dict[str, Policy] = {
     "entropy": Entropy(1.5), "cad": CAD(0.4, 1, 3), "cad entropy": CAD(max_entropy=2.0), "prophet": Prophet(2, 1.5, 1),
     "localleap": LocalLeap(0.5, 0.3, 2), "hierarchical": Hierarchical(0.5, 0.2), "wedlm": WeDLM(1.5, 0.05),
@@ -65,9 +75,7 @@ WIDE: dict[str, Policy] = {
 @pytest.mark.parametrize("name", WIDE)
 def test_a_batch_gives_each_sequence_what_it_gets_alone(name: str, extra: dict[str, Any]) -> None:
     """A random model that is sure of little, ends now and then, and texts of different lengths in one call."""
-    model = tiny_model(seed=5)
-    model.lm_head[1] = model.lm_head[40] * 1.3
-    prompts = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
+    model, prompts = ending_model(), RANDOM_PROMPTS
     settings = {"gen_length": 24, "block_length": 8, "policy": WIDE[name]} | extra
     batch = decode(model, prompts, seed=40, **settings)
     for i, prompt in enumerate(prompts):
@@ -77,6 +85,20 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(name: str, extra: dict[s
     assert bool((batch.sequences == 1).any()), "no end of text came up: the test would prove less"
     if name not in ("margin", "left_to_right"):
         assert int(batch.sequence_passes.sum()) < int((batch.generated_tokens + 1).sum()), "nothing was parallel"
+
+
+def test_ends_held_back_make_longer_texts() -> None:
+    """The model's end ids reach a policy through `decode` and through `generate_many`."""
+    model, lengths = tiny_model(seed=5), {}
+    model.end_ids = tuple(range(1, 12))
+    for ratio in (0.0, 1.0):
+        settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "policy": CAD(0.4, eos_ratio=ratio)}
+        together = decode(model, RANDOM_PROMPTS, **settings).generated_tokens.tolist()
+        with Engine(model, max_batch=2, max_length=40) as engine:
+            many = {one.index: one.generated_tokens for one in engine.generate_many(RANDOM_PROMPTS, **settings)}
+        assert [many[i] for i in range(4)] == together
+        lengths[ratio] = sum(together)
+    assert lengths[0.0] < lengths[1.0] - 8
 
 
 # -- names and the page --------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Prophet(Policy):
             counted = counted & (state.positions >= self.region[0]) & (state.positions < self.region[1])
         # in float64: the sum must not depend on how wide the other sequences' blocks are
         gaps = torch.where(counted, stats.logit - stats.second_logit, 0.0).double().sum(1)
-        count, progress = counted.sum(1), state.progress
+        progress = state.progress
         needed = torch.where(progress < 0.33, self.early, torch.where(progress < 0.67, self.middle, self.late))
-        all_in = (count > 0) & ((gaps / count).float() >= needed)
+        all_in = (gaps / counted.sum(1)).float() >= needed  # where none counts 0 / 0 is NaN, which is never enough
         return state.undecided & all_in[:, None]
