@@ -25,8 +25,7 @@ wheel: .venv/demo.stamp
 # The whole engine against the loops that people run, at sizes for two cores: about six minutes on an idle machine.
 bench: .venv/plots.stamp
 	$(BIN)/python benchmarks/end_to_end.py --case vocab
-	$(BIN)/python benchmarks/end_to_end.py --case demo --gen-lengths 256 --turns 10 --plot build/end_to_end.png
-	$(BIN)/python benchmarks/end_to_end.py --case demo --gen-lengths 1024 --turns 2
+	$(BIN)/python benchmarks/end_to_end.py --case demo --plot build/end_to_end.png
 	$(BIN)/python benchmarks/block_step.py --small
 	$(BIN)/python benchmarks/scaling.py --plot build/scaling.png
 

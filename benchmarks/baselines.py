@@ -99,7 +99,8 @@ def fast_dllm_generate(
     """Fast-dLLM's three loops at temperature 0, one for each ``cache``.
 
     A block begins with a call of the whole canvas that fills the cache. The calls after it take the block (``dual``) or
-    all from it on (``prefix``); there is always one, even if the first has decided the whole block.
+    all from it on (``prefix``); there is always one, even if the first has decided the whole block. This is its code of
+    June 2025; a later one compares with the threshold without asking the device about every position.
 
     Args:
         prompt: LongTensor [B, P] without padding.

@@ -52,7 +52,7 @@ class Contender:
                 found[key] = ratio(*zip(*rates, strict=True)) if rates else float("nan")
             if other.name == self.same_as:
                 pairs = zip(self.turns, other.turns, strict=True)
-                found["same_tokens"] = statistics.mean(torch.equal(a.sequences, b.sequences) for a, b in pairs)
+                found["same_tokens"] = sum(torch.equal(a.sequences, b.sequences) for a, b in pairs) / len(passes)
         return found
 
 
