@@ -108,7 +108,7 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
     winners = {}
     for rule, values in candidates.items():
         figures = {text: compared(tried[setting(text)], tried[setting("topk")]) for text in values}
-        good = list(takewhile(lambda text: figures[text]["loss"] <= args.slack, values))
+        good = list(takewhile(lambda text, found=figures: found[text]["loss"] <= args.slack, values))
         if good:
             winners[rule] = good[max(0, len(good) - 1 - args.margin)]
     order = ["topk", *dict.fromkeys(winners.values()), "oracle"]
