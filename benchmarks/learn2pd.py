@@ -18,7 +18,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
     winners = {}
     for rule, values in candidates.items():
         figures = {text: compared(tried[setting(text)], tried[setting("topk")]) for text in values}
-        good = list(takewhile(lambda text, found=figures: found[text]["loss"] <= args.slack, values))
+        bold = (i for i, text in enumerate(values) if figures[text]["loss"] > args.slack)
+        good = values[: next(bold, len(values))]
         if good:
             winners[rule] = good[max(0, len(good) - 1 - args.margin)]
     order = ["topk", *dict.fromkeys(winners.values()), "oracle"]
