@@ -77,7 +77,7 @@ def main() -> None:
         "-p",
         "no:cacheprovider",
     ]
-    chosen = ["-m", "gpu", "tests/test_decode_step.py", "tests/test_gpu.py"]
+    chosen = ["-m", "gpu", "tests/test_decode_step.py", "tests/test_block_attention.py", "tests/test_gpu.py"]
     if args.dry_run:
         failed = run("collect the gpu tests", [*pytest, "--collect-only", "-q", *chosen])
         print("dry run: the next step would use the GPU")
@@ -104,6 +104,7 @@ def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | No
             ]
             found.append((tool, [*command, *pytest, "-q", *smallest]))
     found.append(("benchmarks", [python, "benchmarks/decode_step.py", "--seconds", "2"]))
+    found.append(("attention", [python, "benchmarks/block_attention.py", "--seconds", "1"]))
     return found
 
 
