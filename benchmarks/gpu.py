@@ -46,6 +46,7 @@ class Step(NamedTuple):
 BENCHMARKS = (  # in the order of what is lost if time runs out
     ("decode_step", ["decode_step.py", "--seconds", "2"], 120),
     ("block_step", ["block_step.py", "--seconds", "1"], 75),
+    ("block_attention", ["block_attention.py", "--seconds", "1"], 60),
     ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 75),
     ("scaling", ["scaling.py", "--seconds", "1"], 90),
 )
@@ -99,7 +100,7 @@ def main() -> None:
         "-p",
         "no:cacheprovider",
     ]
-    chosen = ["-m", "gpu", "tests/test_decode_step.py", "tests/test_gpu.py"]
+    chosen = ["-m", "gpu", "tests/test_decode_step.py", "tests/test_block_attention.py", "tests/test_gpu.py"]
     if args.dry_run:
         failed = run("collect the gpu tests", [*pytest, "--collect-only", "-q", *chosen])
         for _, (script, *_), _ in BENCHMARKS:

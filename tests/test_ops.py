@@ -186,10 +186,11 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-def test_interpreted_triton() -> None:
+@pytest.mark.parametrize("kernel", ["decode_step", "block_attention"])
+def test_interpreted_triton(kernel: str) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
     pytest.importorskip("triton")
-    interpreted("tests/test_decode_step.py")
+    interpreted(f"tests/test_{kernel}.py")
 
 
 @pytest.mark.slow

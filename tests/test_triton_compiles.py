@@ -17,9 +17,12 @@ POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
     "noise_keys": "i64", "sequences": "i64", "undecided": "u8", "progress": "i64", "seeds": "i64", "floats": "fp32",
     "ints": "i32", "out_ids": "i64", "out_values": "fp32", "tokens": "i64", "quota": "i64", "bounds": "fp32",
-    "weights": "fp32", "end_ids": "i64", "predicted": "i64",
+    "weights": "fp32", "end_ids": "i64", "predicted": "i64", "first": "i64", "end": "i64", "parts": "fp32",
 }  # fmt: skip
-ALIGNED = ("hidden", "head", "dim", "hidden_stride", "head_stride")  # as Triton finds them for a real model
+DATA = ("hidden", "head", "q", "keys", "values", "out")  # pointers to the model's dtype
+STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out") for of in ("batch", "head", "row")]
+# as Triton finds them for a real model
+ALIGNED = ("hidden", "head", "dim", "hidden_stride", "head_stride", "q", "keys", "values", "out", "parts", *STRIDES)
 
 
 def report(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16") -> Any:
@@ -30,11 +33,11 @@ def report(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("hidden", "head"):
+        if name in DATA:
             return f"*{dtype}"
         if name in POINTERS:
             return f"*{POINTERS[name]}"
-        return "fp32" if name in ("temperature", "cut") else "i32"
+        return "fp32" if name in ("temperature", "cut", "scale") else "i32"
 
     signature = {name: kind(name) for name in kernel.arg_names}
     at = {name: i for i, name in enumerate(kernel.arg_names)}
@@ -107,3 +110,52 @@ def test_finish_step(kernels: Any, arch: int, size: int, position: bool) -> None
     registers, spilled, _, _ = report(kernels.finish_step, constants, arch, 8, 3)
     assert spilled == 0
     assert registers <= 255
+
+
+@pytest.fixture
+def attention(kernels: Any) -> Any:
+    from dllm_engine.kernels import block_attention
+
+    return block_attention
+
+
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rows"),
+    [("bf16", 128, 16), ("bf16", 128, 32), ("bf16", 128, 64), ("bf16", 64, 32), ("bf16", 64, 64), ("bf16", 16, 16),
+     ("fp16", 128, 32), ("bf16", 256, 32), ("fp32", 16, 16), ("fp32", 64, 16), ("fp32", 128, 16), ("fp32", 256, 16)],
+)  # fmt: skip
+def test_attend(attention: Any, arch: int, direct: bool, dtype: str, dim: int, rows: int) -> None:
+    config = attention.config_for(TORCH[dtype], dim, rows)
+    assert config.rows == rows
+    constants = {"DIRECT": direct, "UPCAST": False, "ROWS": config.rows, "KEYS": config.keys, "DIM": dim}
+    registers, spilled, shared, ptx = report(attention._attend, constants, arch, config.warps, config.stages, dtype)
+    assert spilled == 0
+    assert registers <= 255
+    assert shared <= (163 if arch == 80 else 227) * 1024
+    assert "cp.async" in ptx  # keys come in while products are made
+    assert dtype == "fp32" or "mma.sync" in ptx or "wgmma" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dim", [16, 128, 256])
+def test_merge_of_attention(attention: Any, arch: int, dim: int) -> None:
+    constants = {"ROWS": attention.MERGE_ROWS, "DIM": dim}
+    registers, spilled, _, _ = report(attention._merge, constants, arch, 4, 3)
+    assert spilled == 0
+    assert registers <= 255
+
+
+@pytest.mark.slow
+def test_attention_of_one_row(attention: Any) -> None:
+    """Triton makes constants of arguments that are 1."""
+    ones = dict.fromkeys(("packed", "width", "group", "key_heads", "segments"), 1)
+    constants = ones | {"DIRECT": False, "UPCAST": False, "ROWS": 16, "KEYS": 64, "DIM": 64}
+    assert report(attention._attend, constants, 90, 4, 3)[1] == 0
+    assert report(attention._merge, ones | {"ROWS": attention.MERGE_ROWS, "DIM": 64}, 90, 4, 3)[1] == 0
