@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,30 @@ def test_what_has_no_fused_rule_or_is_guided_takes_the_other_way(model: LLaDA, m
         decode(model, PROMPTS, policy="topk", **BASE)
     monkeypatch.setattr(graphs, "supported", supported)
     decode(model, PROMPTS, policy="topk", **BASE)  # on a CPU
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+def test_the_kernel_of_block_attention_gives_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole call as on a GPU: the attention kernel reads its bounds from the state, the Triton step commits."""
+    sizes = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}  # heads of 16, the kernel's least
+    model = tiny_model(seed=5, **sizes)
+    model.lm_head[1] = model.lm_head[40] * 1.3
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
+    seen: list[Any] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, tokens: Any, rope: Any, keys: Any = None, *rest: Any) -> Any:
+        seen.append(type(keys))
+        return hidden_states(self, tokens, rope, keys, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "supported", lambda forward, options: False)
+        want = decode(model, PROMPTS[:3], backend="cpu", **settings)
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    out = decode(model, PROMPTS[:3], backend="triton", **settings)
+    assert tuple in seen, "the kernel was not called"
+    assert torch.equal(out.sequences, want.sequences)
+    assert torch.equal(out.sequence_passes, want.sequence_passes)

@@ -193,6 +193,11 @@ def test_interpreted_triton(kernel: str) -> None:
     interpreted(f"tests/test_{kernel}.py")
 
 
+def test_interpreted_block_calls() -> None:
+    pytest.importorskip("triton")
+    interpreted("tests/test_graphs.py::test_the_kernel_of_block_attention_gives_the_same_tokens")
+
+
 @pytest.mark.slow
 def test_interpreted_triton_gives_the_goldens() -> None:
     pytest.importorskip("triton")
