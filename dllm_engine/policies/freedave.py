@@ -32,6 +32,8 @@ class FreeDave(Policy):
     def __init__(self, drafts: int = 8, *, rule: Policy | None = None) -> None:
         self.rule_ = TopK() if rule is None else rule
         self.drafts = whole("drafts", drafts, 2)
+        if not isinstance(self.rule_, Policy):
+            raise TypeError(f"rule: {type(rule).__name__} given; a policies.Policy is needed")
         base = type(self.rule_)
         hooks = ("begin", "probes", "edit", "stay", "reach", "block_lengths")
         if self.rule_.drafts > 1 or any(getattr(base, hook) is not getattr(Policy, hook) for hook in hooks):

@@ -1,0 +1,495 @@
+"""The rules that do more than rank and pick: they remember, edit, set blocks, look ahead and draft."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from test_policies import committed, make_block, make_stats, odds_of
+from torch import Tensor
+
+from dllm_engine import Engine, LearnedFilter, LLaDA, LLaDAConfig, decode, policies
+from dllm_engine.policies import (
+    AdaBlock,
+    Credit,
+    ExploreExploit,
+    Factor,
+    FreeDave,
+    Learn2PD,
+    LocalLeap,
+    Margin,
+    Policy,
+    Random,
+    Threshold,
+    TokenEditing,
+    TopK,
+)
+from dllm_engine.policies.base import decide_
+from dllm_engine.reference import RowStats
+from dllm_engine.state import DecodeState
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
+CACHES = ["none", "prefix", "dual", "dual/3", "dual/never"]
+END, MASK, IDS = 31, 30, 32
+Script = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def random_model() -> LLaDA:
+    """Sure of little, ends now and then."""
+    model = tiny_model(seed=5)
+    model.lm_head[1] = model.lm_head[40] * 1.3
+    return model
+
+
+class Scripted(LLaDA):
+    """A model that predicts at each position, whatever stands at the others, what ``script`` says of the offset into the
+    generation (after a prompt of three) and the token there: an id and its confidence.
+    """
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(
+            LLaDAConfig(
+                d_model=IDS, n_layers=1, n_heads=1, n_kv_heads=1, mlp_hidden_size=1, vocab_size=IDS, embedding_size=IDS,
+                max_sequence_length=256, mask_token_id=MASK, eos_token_ids=(END,), rms_norm_eps=1e-5,
+                rope_theta=10000.0, weight_tying=True,
+            )
+        )  # fmt: skip
+        self.script = script
+        self.eval().requires_grad_(False)
+        self.wte.weight.copy_(torch.eye(IDS))
+
+    def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return positions, positions
+
+    def hidden_states(self, tokens: Tensor, rope: tuple[Tensor, Tensor], *_: Any) -> Tensor:
+        ids, confidence = self.script(rope[0].expand(tokens.shape) - 3, tokens)
+        logits = ((1 - confidence) / (IDS - 1)).log()[..., None].repeat(1, 1, IDS)
+        return logits.scatter(2, ids[..., None], confidence.log()[..., None])
+
+
+class Blocks:
+    """A streamer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[int]] = []
+
+    def __call__(self, sequence: int, tokens: Tensor) -> None:
+        self.heard.append(tokens.tolist())
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(block) for block in self.heard]
+
+
+def scripted(script: Script, policy: Policy, **settings: Any) -> tuple[list[int], int, Blocks]:
+    """The generation, passes and blocks of a scripted model."""
+    blocks = Blocks()
+    settings = {"gen_length": 16, "block_length": 8, "end_of_text": "off"} | settings
+    out = decode(Scripted(script), [[2, 2, 2]], policy=policy, streamer=blocks, **settings)
+    assert out.forward_passes == int(out.sequence_passes[0])
+    assert sum(blocks.heard, []) == out.sequences[0, 3:][: sum(blocks.lengths)].tolist(), "told what is not final"
+    return out.sequences[0, 3:].tolist(), out.forward_passes, blocks
+
+
+# -- all: batches, rows used again, temperature, parameters ------------------------------------------------------------
+
+HOOKED: dict[str, Policy] = {
+    "credit": Credit(0.5), "credit one": Credit(0.4, traced=1), "editing": TokenEditing(0.5, 0.3, 3),
+    "adablock": AdaBlock(0.4, 0.1, 0.5, 3, delimiters=[40, 17, 8, 23]), "ete": ExploreExploit(0.5),
+    "ete three": ExploreExploit(0.6, 3, 2), "freedave": FreeDave(4), "freedave threshold": FreeDave(3, rule=Threshold(0.4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"cache": "none"}, {"cache": "prefix", "steps": 12}, {"end_of_text": "predicted"}, {"cache": "dual/3"}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_batch_gives_each_sequence_what_it_gets_alone(name: str, extra: dict[str, Any]) -> None:
+    """Texts of different lengths in one call, and prompts that are put in the rows of finished ones."""
+    model = random_model()
+    settings = {"gen_length": 24, "block_length": 8, "policy": HOOKED[name]} | extra
+    batch = decode(model, PROMPTS, **settings)
+    alone = [decode(model, [prompt], **settings) for prompt in PROMPTS]
+    for i, one in enumerate(alone):
+        assert not (one.sequences[0, -24:] == model.mask_id).any()
+        assert one.sequences[0, -24:].tolist() == batch.sequences[i, -24:].tolist(), f"sequence {i}"
+        assert int(one.sequence_passes[0]) == int(batch.sequence_passes[i]) == one.forward_passes
+    with Engine(model, max_batch=2, max_length=max(map(len, PROMPTS)) + 24) as engine:
+        for found in engine.generate_many(PROMPTS, seed=0, **settings):
+            assert found.generated.tolist() == alone[found.index].sequences[0, -24:].tolist()
+            assert found.passes == alone[found.index].forward_passes
+    assert bool((batch.sequences == 1).any()), "no end of text came up: the test would prove less"
+
+
+@pytest.mark.parametrize("name", ["credit", "editing", "freedave"])
+def test_greedy_rules_take_no_temperature(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(model, "hidden_states", None)
+    with pytest.raises(ValueError, match=r"temperature: 0.7 given; \w+ decides without one"):
+        decode(model, PROMPTS, gen_length=8, block_length=8, policy=name, temperature=0.7)
+    if name == "freedave":
+        with pytest.raises(ValueError, match="cfg_scale: 0.5 given; FreeDave decodes without guidance"):
+            decode(model, PROMPTS, gen_length=8, block_length=8, policy=name, cfg_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Credit(1.1), "threshold: 1.1 given; 0 to 1 allowed"),
+        (lambda: Credit(weight=-1), "weight: -1 given; a finite number ≥ 0"),
+        (lambda: Credit(decay=1.5), "decay: 1.5 given; 0 to 1"),
+        (lambda: Credit(exponent=math.inf), "exponent: inf given"),
+        (lambda: Credit(traced=0), "traced: 0 given; a whole number ≥ 1"),
+        (lambda: Credit(traced=9), "traced: 9 given; 1 to 8"),
+        (lambda: TokenEditing(-0.1), "threshold: -0.1 given"),
+        (lambda: TokenEditing(0.7, 2), "edit_threshold: 2 given"),
+        (lambda: TokenEditing(post_steps=0), "post_steps: 0 given; a whole number ≥ 1"),
+        (lambda: AdaBlock(2), "threshold: 2 given"),
+        (lambda: AdaBlock(0.9, -1), "delimiter_threshold: -1 given"),
+        (lambda: AdaBlock(window=1.1), "window: 1.1 given; 0 to 1"),
+        (lambda: AdaBlock(least=0), "least: 0 given; a whole number ≥ 1"),
+        (lambda: AdaBlock(delimiters="."), "delimiters: '.' given; a list"),
+        (lambda: AdaBlock(delimiters=[]), "delimiters: \\[\\] given"),
+        (lambda: AdaBlock(delimiters=[0.5]), "delimiters: \\[0.5\\] given"),  # type: ignore[list-item]
+        (lambda: ExploreExploit(2), "threshold: 2 given"),
+        (lambda: ExploreExploit(blocks=0), "blocks: 0 given"),
+        (lambda: ExploreExploit(enough=0), "enough: 0 given"),
+        (lambda: FreeDave(1), "drafts: 1 given; a whole number ≥ 2"),
+        (lambda: FreeDave(rule=Credit()), "rule: Credit.* given; one that decides by the statistics of one pass"),
+        (lambda: FreeDave(rule=TokenEditing()), "rule: TokenEditing"),
+        (lambda: FreeDave(rule=AdaBlock()), "rule: AdaBlock"),
+        (lambda: FreeDave(rule=ExploreExploit()), "rule: ExploreExploit"),
+        (lambda: FreeDave(rule=FreeDave()), "rule: FreeDave"),
+    ],
+)
+def test_bad_parameters_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+    with pytest.raises(TypeError, match="rule: str given"):
+        FreeDave(rule="threshold")  # type: ignore[arg-type]
+
+
+# -- credit ------------------------------------------------------------------------------------------------------------
+
+
+def stats_of(logits: np.ndarray, probes: Tensor, undecided: Tensor) -> RowStats:
+    """From float64 logits [B, S, V]; decided rows hold NaN."""
+    x = torch.from_numpy(logits)
+    (best, second), (token, runner) = (t.unbind(-1) for t in x.topk(2))
+    rest = x.scatter(-1, token[..., None], -math.inf).logsumexp(-1)
+    entropy = torch.distributions.Categorical(logits=x).entropy()
+    fields = best, second, x.logsumexp(-1), best - rest, entropy
+    best, second, total, odds, entropy = (f.float().masked_fill(~undecided, math.nan) for f in fields)
+    token = token.masked_fill(~undecided, 0)
+    return RowStats(token, best, runner, second, total, odds, entropy, x.gather(-1, probes).float())
+
+
+@pytest.mark.parametrize(("threshold", "peak"), [(0.8, 1.0), (0.6, 0.5)])
+def test_credit_is_the_dense_definition(threshold: float, peak: float) -> None:
+    """Credits over the whole vocabulary, in float64, through two blocks; decided rows are NaN throughout."""
+    rng, (batch, width, ids) = np.random.default_rng(0), (6, 8, 8)
+    policy = Credit(threshold, traced=8)
+    state = DecodeState(
+        torch.full((batch, 2), 1), torch.zeros(batch, dtype=torch.int64), gen_length=2 * width, block_length=width,
+        steps=None, seeds=[0] * batch, mask_id=9, fill_id=0,
+    )  # fmt: skip
+    policy.begin(state)
+    credit = np.zeros((batch, width, ids))
+    base, calls, several, changed = rng.normal(size=(batch, width, ids)), 0, 0, 0
+    while int(state.left.sum()):
+        alive = torch.nonzero(state.left)[:, 0]
+        block = state.block(alive, width)
+        logits = peak * (1.5 * base + rng.normal(size=base.shape))
+        stats = stats_of(logits[alive.numpy()], policy.probes(block), block.undecided)
+        before = state.undecided.clone()
+        decide_(policy, state, block, stats, end_ids=None)
+        calls += 1
+        for row, b in enumerate(alive.tolist()):
+            if int(block.step_in_block[row]) == 0:
+                credit[b] = 0
+            found = {}
+            for i in torch.nonzero(block.undecided[row])[:, 0].tolist():
+                x = logits[b, i]
+                p = np.exp(x) / np.exp(x).sum()
+                credit[b, i] *= 0.7
+                credit[b, i, p.argmax()] += p.max() ** 0.2
+                raised = x + 0.65 * np.log(1 + credit[b, i])
+                q = np.exp(raised) / np.exp(raised).sum()
+                found[i] = float(q.max()), int(q.argmax())
+                changed += int(q.argmax() != p.argmax())
+                odds = float(policy._odds[row, i])
+                assert odds / (1 + odds) == pytest.approx(q.max(), abs=1e-6)
+            surest = max(found, key=lambda i: found[i][0])
+            expected = {i: token for i, (q_, token) in found.items() if q_ >= threshold or i == surest}
+            columns = block.columns[row]
+            now = before[b, columns] & ~state.undecided[b, columns]
+            got = {i: int(state.tokens[b, columns[i]]) for i in torch.nonzero(now)[:, 0].tolist()}
+            assert got == expected
+            several += len(got) > 1
+    assert calls >= 4
+    assert several >= 1
+    assert changed >= 1, "credit never outvoted a prediction"
+
+
+@pytest.mark.parametrize(
+    ("threshold", "first", "stable"), [(0.95, 0.924, 0.881), (0.9, 0.853, 0.781)]
+)  # published: what a threshold acts like at once, and after the same prediction many times
+def test_credit_lowers_thresholds_as_published(threshold: float, first: float, stable: float) -> None:
+    for confidence, steps in ((first, 1), (stable, 40)):
+        for off, expected in ((-0.003, False), (0.003, True)):
+            policy = Credit(threshold)
+            state = DecodeState(
+                torch.full((1, 1), 1), torch.zeros(1, dtype=torch.int64), gen_length=2, block_length=2, steps=None,
+                seeds=[0], mask_id=9, fill_id=0,
+            )  # fmt: skip
+            policy.begin(state)
+            p = confidence + off
+            logits = np.log([[[p, 1 - p], [p, 1 - p]]])
+            for step in range(steps):
+                state.step_in_block[:] = step
+                block = state.block(torch.arange(1), 2)
+                policy.score(stats_of(logits, policy.probes(block), block.undecided), block)
+            assert policy.select(None, block).tolist() == [[expected] * 2]  # type: ignore[arg-type]
+
+
+def test_credit_ranks_what_has_rounded_to_one() -> None:
+    policy, block = Credit(), make_block([[1, 1, 1]], [3])
+    policy._ids = torch.full((1, 27, 4), -1)
+    policy._credits = torch.zeros(1, 27, 4)
+    stats = make_stats(block, logit=0.0, logsumexp=0.0, log_odds=[[30.0, 32.0, 31.0]])
+    stats = RowStats(*stats.fields()[:-1], torch.zeros(1, 3, 4))
+    assert policy.score(stats, block).argsort().tolist() == [[0, 2, 1]]
+
+
+# -- editing -----------------------------------------------------------------------------------------------------------
+
+
+def answers(first_wrong: dict[int, int], then: Callable[[Tensor, Tensor], Tensor] | None = None) -> Script:
+    """Position i is 10 + i, but what is masked at ``first_wrong`` is taken for another; ``then``: of decided tokens."""
+
+    def script(offset: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        right = (10 + offset).clamp(0, IDS - 1)
+        wrong = right.clone()
+        for at, token in first_wrong.items():
+            wrong[offset == at] = token
+        later = right if then is None else then(offset, tokens)
+        return torch.where(tokens == MASK, wrong, later), torch.full(tokens.shape, 0.9)
+
+    return script
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_editing_repairs_what_was_decided_wrongly(cache: str) -> None:
+    text, passes, blocks = scripted(answers({9: 3, 12: 4, 15: 5}), TokenEditing(), cache=cache)
+    assert text == list(range(10, 26))
+    assert passes == 2 + 3  # a block without an edit costs one more pass, an edit costs another
+    assert blocks.lengths == [8, 8]
+    text, passes, _ = scripted(answers({9: 3, 12: 4}), TokenEditing(edit_threshold=0.91), cache=cache)
+    assert [text[9], text[12], passes] == [3, 4, 4]
+
+
+def test_editing_does_not_swing_and_stops() -> None:
+    def swing(offset: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(offset == 5, torch.where(tokens == 3, 4, 3), tokens)
+
+    text, passes, _ = scripted(answers({5: 3}, swing), TokenEditing(), gen_length=8)
+    assert [text[5], passes] == [4, 3]
+
+    def turn(offset: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(offset == 5, (tokens + 1) % 6, tokens)  # six tokens, one after the other
+
+    for post in (1, 4, 16):
+        text, passes, _ = scripted(answers({5: 3}, turn), TokenEditing(post_steps=post), gen_length=8)
+        assert [text[5], passes] == [(3 + post) % 6, 1 + post]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_editing_at_the_end_of_a_text(cache: str) -> None:
+    settings = {"cache": cache, "end_of_text": "committed", "gen_length": 24}
+    text, passes, blocks = scripted(answers({2: 3, 10: END}, None), TokenEditing(), **settings)
+    assert text[:10] == list(range(10, 20))
+    assert text[11:] == [END] * 13  # the end that was committed stays, though a token came in its place
+    assert [text[10], passes] == [20, 3 + 3]
+    assert sum(blocks.lengths) == 11
+
+    def ends(offset: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(offset == 10, END, tokens)
+
+    text, passes, blocks = scripted(answers({}, ends), TokenEditing(), **settings)
+    assert text == [*range(10, 20), *[END] * 14]  # an edit may end the text
+    assert passes == 2 + 3
+    assert sum(blocks.lengths) == 11
+
+
+def test_only_decided_positions_of_the_text_are_edited() -> None:
+    class Eager(TokenEditing):
+        def edit(self, stats: RowStats, state: Any) -> Tensor:
+            super().edit(stats, state)
+            return torch.ones_like(state.undecided)
+
+    masked, script = [], answers({2: END})
+
+    def watched(offset: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        masked.append(int((tokens == MASK).sum()))
+        return script(offset, tokens)
+
+    settings = {"gen_length": 8, "end_of_text": "committed", "cache": "none"}
+    text, _, _ = scripted(watched, Eager(0.95, 0.95), **settings)
+    assert masked == [8, 7, 6, 0]  # one a step by the quota, then the pass of edits
+    assert text == [10, 11, 12, *[END] * 5]
+
+
+# -- adaptive blocks ---------------------------------------------------------------------------------------------------
+
+DOT = 7
+
+
+def dots(confidences: dict[int, float]) -> Script:
+    """A delimiter at these offsets, with these confidences; the rest is sure."""
+
+    def script(offset: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ids, confidence = torch.full(tokens.shape, 3), torch.full(tokens.shape, 0.99)
+        for at, value in confidences.items():
+            ids[offset == at], confidence[offset == at] = DOT, value
+        return ids, confidence
+
+    return script
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize(
+    ("window", "least", "found", "expected"),
+    [
+        (0.5, 4, {2: 0.99, 10: 0.8, 20: 0.4, 22: 0.6, 26: 0.2}, [11, 12, 8, 1]),  # too early, best, surer, unsure
+        (0.5, 3, {2: 0.99, 10: 0.8}, [3, 8, 8, 8, 5]),
+        (0.5, 1, {0: 0.95, 15: 0.9, 16: 0.95}, [1, 16, 8, 7]),  # the window's last position counts
+        (0.25, 1, {8: 0.95}, [8, 1, 8, 8, 7]),  # the first behind it does not
+        (0.125, 1, {3: 0.9, 12: 0.9}, [4, 8, 1, 8, 8, 3]),  # a window that is less than a block
+        (0.0, 1, {3: 0.9}, [8] * 4),
+        (1.0, 1, {31: 0.95}, [32]),
+    ],
+)
+def test_blocks_end_at_delimiters(
+    cache: str, window: float, least: int, found: dict[int, float], expected: list[int]
+) -> None:
+    policy = AdaBlock(0.3, 0.3, window, least, delimiters=[DOT, 29])
+    _, passes, blocks = scripted(dots(found), policy, gen_length=32, cache=cache)
+    assert blocks.lengths == expected
+    unsure = sum(0.2 <= value < 0.3 for value in found.values())
+    assert passes == len(expected) + unsure  # a confidence below the threshold falls by the quota, alone
+
+
+def test_a_quota_does_not_reach_over_the_block() -> None:
+    policy = AdaBlock(0.995, 0.3, 0.5, 1, delimiters=[DOT])
+    _, passes, blocks = scripted(dots({4: 0.9, 9: 0.9}), policy, gen_length=16, steps=8)
+    assert blocks.lengths == [5, 5, 6]
+    assert passes == 3 + 3 + 3
+
+
+def test_delimiters_must_be_known(demo_model: LLaDA) -> None:
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 8}
+    with pytest.raises(ValueError, match="delimiters: 60 given; ids 0 to 59 allowed"):
+        decode(tiny_model(), PROMPTS, policy=AdaBlock(delimiters=[60]), **settings)
+    with pytest.raises(ValueError, match="has no tokenizer; use token ids"):
+        decode(tiny_model(), PROMPTS, policy="adablock", **settings)
+    with pytest.raises(ValueError, match="the tokenizer has none of them as a single token"):
+        decode(demo_model, [[5]], policy=AdaBlock(delimiters=["no such token, surely"]), **settings)
+    policy = AdaBlock(delimiters=["no such token, surely", ".", 3])
+    policy.check(demo_model, block_length=8, cache="dual")
+    assert len(policy._ids) == 2
+    assert demo_model.tokenizer.decode(policy._ids[1]).strip() == "."
+
+
+# -- explore, exploit --------------------------------------------------------------------------------------------------
+
+
+def test_exploring_takes_what_is_least_known() -> None:
+    block = make_block([[1, 1, 0, 1]], [3])
+    unsure = {"log_odds": odds_of(0.6, 0.5, 0.99, 0.7), "entropy": [[0.8, 1.2, 9.0, 0.7]]}
+    assert committed(ExploreExploit(), make_stats(block, **unsure), block) == [[1]]
+    sure = unsure | {"log_odds": odds_of(0.96, 0.5, 0.99, 0.7)}
+    assert committed(ExploreExploit(), make_stats(block, **sure), block) == [[0]]
+    assert committed(ExploreExploit(enough=2), make_stats(block, **sure), block) == [[0, 1]]
+    sure["log_odds"] = odds_of(0.96, 0.5, 0.99, 0.97)
+    assert committed(ExploreExploit(enough=2), make_stats(block, **sure), block) == [[0, 3]]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_blocks_that_were_decided_early_cost_nothing(cache: str) -> None:
+    """Sure of block 2, 3 and 5 of five: after block 1, the next pass is of 4; block 2 fell in the first."""
+
+    def script(offset: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        sure = torch.isin(offset // 4, torch.tensor([1, 2, 4]))
+        return torch.full(tokens.shape, 3), torch.where(sure, 0.99, 0.5)
+
+    for blocks, expected, passes in ((1, [4] * 5, 4 + 1 + 1 + 4 + 1), (2, [8, 4, 8], 1 + 4 + 1 + 1 + 4)):
+        policy = ExploreExploit(blocks=blocks)
+        _, found, heard = scripted(script, policy, gen_length=20, block_length=4, cache=cache)
+        assert heard.lengths == expected
+        assert found == passes
+    _, found, heard = scripted(script, ExploreExploit(blocks=3), gen_length=20, block_length=4, cache=cache)
+    assert heard.lengths == [12, 8]
+    assert found == 1 + 4 + 1 + 4
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------------
+
+
+def drafted() -> dict[str, tuple[Policy, int | None]]:
+    learned = LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=True)
+    return {
+        "topk": (TopK(), None), "topk 3": (TopK(), 9), "threshold": (Threshold(0.5), None),
+        "factor": (Factor(1.5), None), "learn2pd": (Learn2PD(learned, 0.7), None), "margin": (Margin(), None),
+        "localleap": (LocalLeap(0.5, 0.3, 2), None), "threshold 2": (Threshold(0.7), 12), "random": (Random(), 12),
+    }  # fmt: skip
+
+
+ENDS = itertools.cycle(["off", "committed", "predicted", "committed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "ends", "drafts"),
+    [(n, c, next(ENDS), d) for (n, c), d in zip(itertools.product(drafted(), CACHES), itertools.cycle([2, 4, 8]))],
+)
+def test_drafts_change_no_token(
+    name: str, cache: str, ends: str, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (rule, steps) = random_model(), drafted()[name]
+    settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "cache": cache, "end_of_text": ends, "steps": steps}
+    plain = decode(model, PROMPTS, policy=rule, seed=0, **settings)
+    calls, forward = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda *given: calls.append(1) or forward(*given))
+    out = decode(model, PROMPTS, policy=FreeDave(drafts, rule=rule), seed=0, **settings)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert len(calls) == out.forward_passes
+    assert bool((out.sequence_passes <= plain.sequence_passes).all())
+    assert int(out.sequence_passes.max()) <= out.forward_passes
+    assert ends != "off" or out.forward_passes >= 3
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_drafts_save_passes(demo_model: LLaDA, cache: str) -> None:
+    from dllm_engine.tokenizer import encode_prompt
+
+    texts = ["Copy: 0 Ann Lee, 1 Tom Hill", "Reverse: 0 Alan Wells, 1 Grace Wright", "Sort: 0 Tom Hill, 1 Ann Lee"]
+    prompts = [encode_prompt(demo_model.tokenizer, text, chat=True) for text in texts]
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": cache}
+    plain = decode(demo_model, prompts, policy="topk", **settings)
+    before = plain.sequence_passes
+    for drafts in (2, 4, 8):
+        out = decode(demo_model, prompts, policy=FreeDave(drafts), **settings)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert bool((out.sequence_passes < before).all())
+        assert int(out.sequence_passes.sum()) <= int(before.sum())
+        before = torch.minimum(before, out.sequence_passes + 1)
+    assert set(policies.names()) >= {"credit", "editing", "adablock", "ete", "freedave"}
