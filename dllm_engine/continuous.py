@@ -76,7 +76,9 @@ def generate(
                 if free is not None:
                     free.append(row)
                 sequence = state.tokens[row, padding[row] :].to("cpu", copy=True)  # host: it is finished
-                yield _generated(model, sequence, owners[row], state.prompt_length - padding[row], loop.taken[row], seed)
+                yield _generated(
+                    model, sequence, owners[row], state.prompt_length - padding[row], loop.taken[row], seed
+                )
         loop.check(joined, describe)
     if failure is not None:
         raise failure

@@ -77,7 +77,8 @@ class Loop:
             return []
         due, ahead = self._due(unfinished), self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
-        joining = self.forward.arrange(due or (self.refresh and ahead) or unfinished, refresh=bool(due))
+        apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
+        joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due))
         ahead = [b for b in joining if b in ahead]
         if self.block_calls is not None and not due and not ahead:
             self.block_calls(joining)

@@ -23,8 +23,8 @@ class BlockState:
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
         tokens: int64 [B', S], what the canvas holds. step_in_block: int64 [B'], steps since the block began.
-        left: int64 [B'], undecided columns of the whole sequence (1 where a decided block stays open). text_length: int64 [B'], columns of the generation
-            before the end of the text, all of them until an end is known.
+        left: int64 [B'], undecided columns of the whole sequence (1 where a decided block stays open).
+        text_length: int64 [B'], columns of the generation before the end of the text, all until an end is known.
         end_ids: int64 [E], the model's end ids.
     """
 

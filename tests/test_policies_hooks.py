@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
 from torch import Tensor
 
-from dllm_engine import Engine, LearnedFilter, LLaDA, LLaDAConfig, decode, policies
+from dllm_engine import Engine, LLaDA, LLaDAConfig, decode, policies
 from dllm_engine.policies import (
     AdaBlock,
     Credit,
     ExploreExploit,
-    Factor,
     FreeDave,
-    Learn2PD,
-    LocalLeap,
-    Margin,
     Policy,
-    Random,
     Threshold,
     TokenEditing,
-    TopK,
 )
-from dllm_engine.policies.base import decide_
 from dllm_engine.reference import RowStats
-from dllm_engine.state import DecodeState
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
@@ -50,8 +40,8 @@ def random_model() -> LLaDA:
 
 
 class Scripted(LLaDA):
-    """A model that predicts at each position, whatever stands at the others, what ``script`` says of the offset into the
-    generation (after a prompt of three) and the token there: an id and its confidence.
+    """A model that predicts at each position, whatever stands at the others, what ``script`` says of the offset into
+    the generation (after a prompt of three) and the token there: an id and its confidence.
     """
 
     def __init__(self, script: Script) -> None:
@@ -95,7 +85,8 @@ def scripted(script: Script, policy: Policy, **settings: Any) -> tuple[list[int]
     settings = {"gen_length": 16, "block_length": 8, "end_of_text": "off"} | settings
     out = decode(Scripted(script), [[2, 2, 2]], policy=policy, streamer=blocks, **settings)
     assert out.forward_passes == int(out.sequence_passes[0])
-    assert sum(blocks.heard, []) == out.sequences[0, 3:][: sum(blocks.lengths)].tolist(), "told what is not final"
+    told = [token for block in blocks.heard for token in block]
+    assert told == out.sequences[0, 3:][: len(told)].tolist(), "told what is not final"
     return out.sequences[0, 3:].tolist(), out.forward_passes, blocks
 
 
@@ -104,13 +95,20 @@ def scripted(script: Script, policy: Policy, **settings: Any) -> tuple[list[int]
 HOOKED: dict[str, Policy] = {
     "credit": Credit(0.5), "credit one": Credit(0.4, traced=1), "editing": TokenEditing(0.5, 0.3, 3),
     "adablock": AdaBlock(0.4, 0.1, 0.5, 3, delimiters=[40, 17, 8, 23]), "ete": ExploreExploit(0.5),
-    "ete three": ExploreExploit(0.6, 3, 2), "freedave": FreeDave(4), "freedave threshold": FreeDave(3, rule=Threshold(0.4)),
+    "ete three": ExploreExploit(0.6, 3, 1), "freedave": FreeDave(4),
+    "freedave threshold": FreeDave(3, rule=Threshold(0.4)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"cache": "none"}, {"cache": "prefix", "steps": 12}, {"end_of_text": "predicted"}, {"cache": "dual/3"}],
+    [
+        {},
+        {"cache": "none", "end_of_text": "predicted"},
+        {"cache": "prefix", "steps": 12},
+        {"end_of_text": "predicted"},
+        {"cache": "dual/3"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", HOOKED)
@@ -129,6 +127,19 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(name: str, extra: dict[s
             assert found.generated.tolist() == alone[found.index].sequences[0, -24:].tolist()
             assert found.passes == alone[found.index].forward_passes
     assert bool((batch.sequences == 1).any()), "no end of text came up: the test would prove less"
+
+
+def test_no_kernel_decides_for_a_rule_with_a_hook() -> None:
+    class Repairs(Threshold):
+        def edit(self, stats: RowStats, state: Any) -> Tensor:
+            return ~state.undecided
+
+    class Wide(Threshold):
+        def reach(self, block_length: int, gen_length: int) -> int:
+            return 2 * block_length
+
+    rules = [policies.as_rule(rule, 8, torch.device("cpu")) for rule in (Threshold(), Repairs(), Wide(), FreeDave())]
+    assert [rule is None for rule in rules] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["credit", "editing", "freedave"])
@@ -177,98 +188,6 @@ def test_bad_parameters_are_named(make: Any, message: str) -> None:
         make()
     with pytest.raises(TypeError, match="rule: str given"):
         FreeDave(rule="threshold")  # type: ignore[arg-type]
-
-
-# -- credit ------------------------------------------------------------------------------------------------------------
-
-
-def stats_of(logits: np.ndarray, probes: Tensor, undecided: Tensor) -> RowStats:
-    """From float64 logits [B, S, V]; decided rows hold NaN."""
-    x = torch.from_numpy(logits)
-    (best, second), (token, runner) = (t.unbind(-1) for t in x.topk(2))
-    rest = x.scatter(-1, token[..., None], -math.inf).logsumexp(-1)
-    entropy = torch.distributions.Categorical(logits=x).entropy()
-    fields = best, second, x.logsumexp(-1), best - rest, entropy
-    best, second, total, odds, entropy = (f.float().masked_fill(~undecided, math.nan) for f in fields)
-    token = token.masked_fill(~undecided, 0)
-    return RowStats(token, best, runner, second, total, odds, entropy, x.gather(-1, probes).float())
-
-
-@pytest.mark.parametrize(("threshold", "peak"), [(0.8, 1.0), (0.6, 0.5)])
-def test_credit_is_the_dense_definition(threshold: float, peak: float) -> None:
-    """Credits over the whole vocabulary, in float64, through two blocks; decided rows are NaN throughout."""
-    rng, (batch, width, ids) = np.random.default_rng(0), (6, 8, 8)
-    policy = Credit(threshold, traced=8)
-    state = DecodeState(
-        torch.full((batch, 2), 1), torch.zeros(batch, dtype=torch.int64), gen_length=2 * width, block_length=width,
-        steps=None, seeds=[0] * batch, mask_id=9, fill_id=0,
-    )  # fmt: skip
-    policy.begin(state)
-    credit = np.zeros((batch, width, ids))
-    base, calls, several, changed = rng.normal(size=(batch, width, ids)), 0, 0, 0
-    while int(state.left.sum()):
-        alive = torch.nonzero(state.left)[:, 0]
-        block = state.block(alive, width)
-        logits = peak * (1.5 * base + rng.normal(size=base.shape))
-        stats = stats_of(logits[alive.numpy()], policy.probes(block), block.undecided)
-        before = state.undecided.clone()
-        decide_(policy, state, block, stats, end_ids=None)
-        calls += 1
-        for row, b in enumerate(alive.tolist()):
-            if int(block.step_in_block[row]) == 0:
-                credit[b] = 0
-            found = {}
-            for i in torch.nonzero(block.undecided[row])[:, 0].tolist():
-                x = logits[b, i]
-                p = np.exp(x) / np.exp(x).sum()
-                credit[b, i] *= 0.7
-                credit[b, i, p.argmax()] += p.max() ** 0.2
-                raised = x + 0.65 * np.log(1 + credit[b, i])
-                q = np.exp(raised) / np.exp(raised).sum()
-                found[i] = float(q.max()), int(q.argmax())
-                changed += int(q.argmax() != p.argmax())
-                odds = float(policy._odds[row, i])
-                assert odds / (1 + odds) == pytest.approx(q.max(), abs=1e-6)
-            surest = max(found, key=lambda i: found[i][0])
-            expected = {i: token for i, (q_, token) in found.items() if q_ >= threshold or i == surest}
-            columns = block.columns[row]
-            now = before[b, columns] & ~state.undecided[b, columns]
-            got = {i: int(state.tokens[b, columns[i]]) for i in torch.nonzero(now)[:, 0].tolist()}
-            assert got == expected
-            several += len(got) > 1
-    assert calls >= 4
-    assert several >= 1
-    assert changed >= 1, "credit never outvoted a prediction"
-
-
-@pytest.mark.parametrize(
-    ("threshold", "first", "stable"), [(0.95, 0.924, 0.881), (0.9, 0.853, 0.781)]
-)  # published: what a threshold acts like at once, and after the same prediction many times
-def test_credit_lowers_thresholds_as_published(threshold: float, first: float, stable: float) -> None:
-    for confidence, steps in ((first, 1), (stable, 40)):
-        for off, expected in ((-0.003, False), (0.003, True)):
-            policy = Credit(threshold)
-            state = DecodeState(
-                torch.full((1, 1), 1), torch.zeros(1, dtype=torch.int64), gen_length=2, block_length=2, steps=None,
-                seeds=[0], mask_id=9, fill_id=0,
-            )  # fmt: skip
-            policy.begin(state)
-            p = confidence + off
-            logits = np.log([[[p, 1 - p], [p, 1 - p]]])
-            for step in range(steps):
-                state.step_in_block[:] = step
-                block = state.block(torch.arange(1), 2)
-                policy.score(stats_of(logits, policy.probes(block), block.undecided), block)
-            assert policy.select(None, block).tolist() == [[expected] * 2]  # type: ignore[arg-type]
-
-
-def test_credit_ranks_what_has_rounded_to_one() -> None:
-    policy, block = Credit(), make_block([[1, 1, 1]], [3])
-    policy._ids = torch.full((1, 27, 4), -1)
-    policy._credits = torch.zeros(1, 27, 4)
-    stats = make_stats(block, logit=0.0, logsumexp=0.0, log_odds=[[30.0, 32.0, 31.0]])
-    stats = RowStats(*stats.fields()[:-1], torch.zeros(1, 3, 4))
-    assert policy.score(stats, block).argsort().tolist() == [[0, 2, 1]]
 
 
 # -- editing -----------------------------------------------------------------------------------------------------------
@@ -406,8 +325,9 @@ def test_delimiters_must_be_known(demo_model: LLaDA) -> None:
         decode(demo_model, [[5]], policy=AdaBlock(delimiters=["no such token, surely"]), **settings)
     policy = AdaBlock(delimiters=["no such token, surely", ".", 3])
     policy.check(demo_model, block_length=8, cache="dual")
-    assert len(policy._ids) == 2
-    assert demo_model.tokenizer.decode(policy._ids[1]).strip() == "."
+    assert 3 in policy._ids
+    assert len(policy._ids) >= 2
+    assert {demo_model.tokenizer.decode(i).strip() for i in policy._ids if i != 3} == {"."}
 
 
 # -- explore, exploit --------------------------------------------------------------------------------------------------
@@ -418,8 +338,8 @@ def test_exploring_takes_what_is_least_known() -> None:
     unsure = {"log_odds": odds_of(0.6, 0.5, 0.99, 0.7), "entropy": [[0.8, 1.2, 9.0, 0.7]]}
     assert committed(ExploreExploit(), make_stats(block, **unsure), block) == [[1]]
     sure = unsure | {"log_odds": odds_of(0.96, 0.5, 0.99, 0.7)}
-    assert committed(ExploreExploit(), make_stats(block, **sure), block) == [[0]]
-    assert committed(ExploreExploit(enough=2), make_stats(block, **sure), block) == [[0, 1]]
+    assert committed(ExploreExploit(enough=1), make_stats(block, **sure), block) == [[0]]
+    assert committed(ExploreExploit(), make_stats(block, **sure), block) == [[0, 1]]
     sure["log_odds"] = odds_of(0.96, 0.5, 0.99, 0.97)
     assert committed(ExploreExploit(enough=2), make_stats(block, **sure), block) == [[0, 3]]
 
@@ -440,56 +360,3 @@ def test_blocks_that_were_decided_early_cost_nothing(cache: str) -> None:
     _, found, heard = scripted(script, ExploreExploit(blocks=3), gen_length=20, block_length=4, cache=cache)
     assert heard.lengths == [12, 8]
     assert found == 1 + 4 + 1 + 4
-
-
-# -- drafts ------------------------------------------------------------------------------------------------------------
-
-
-def drafted() -> dict[str, tuple[Policy, int | None]]:
-    learned = LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=True)
-    return {
-        "topk": (TopK(), None), "topk 3": (TopK(), 9), "threshold": (Threshold(0.5), None),
-        "factor": (Factor(1.5), None), "learn2pd": (Learn2PD(learned, 0.7), None), "margin": (Margin(), None),
-        "localleap": (LocalLeap(0.5, 0.3, 2), None), "threshold 2": (Threshold(0.7), 12), "random": (Random(), 12),
-    }  # fmt: skip
-
-
-ENDS = itertools.cycle(["off", "committed", "predicted", "committed"])
-
-
-@pytest.mark.parametrize(
-    ("name", "cache", "ends", "drafts"),
-    [(n, c, next(ENDS), d) for (n, c), d in zip(itertools.product(drafted(), CACHES), itertools.cycle([2, 4, 8]))],
-)
-def test_drafts_change_no_token(
-    name: str, cache: str, ends: str, drafts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, (rule, steps) = random_model(), drafted()[name]
-    settings: dict[str, Any] = {"gen_length": 24, "block_length": 8, "cache": cache, "end_of_text": ends, "steps": steps}
-    plain = decode(model, PROMPTS, policy=rule, seed=0, **settings)
-    calls, forward = [], model.hidden_states
-    monkeypatch.setattr(model, "hidden_states", lambda *given: calls.append(1) or forward(*given))
-    out = decode(model, PROMPTS, policy=FreeDave(drafts, rule=rule), seed=0, **settings)
-    assert torch.equal(out.sequences, plain.sequences)
-    assert len(calls) == out.forward_passes
-    assert bool((out.sequence_passes <= plain.sequence_passes).all())
-    assert int(out.sequence_passes.max()) <= out.forward_passes
-    assert ends != "off" or out.forward_passes >= 3
-
-
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_drafts_save_passes(demo_model: LLaDA, cache: str) -> None:
-    from dllm_engine.tokenizer import encode_prompt
-
-    texts = ["Copy: 0 Ann Lee, 1 Tom Hill", "Reverse: 0 Alan Wells, 1 Grace Wright", "Sort: 0 Tom Hill, 1 Ann Lee"]
-    prompts = [encode_prompt(demo_model.tokenizer, text, chat=True) for text in texts]
-    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": cache}
-    plain = decode(demo_model, prompts, policy="topk", **settings)
-    before = plain.sequence_passes
-    for drafts in (2, 4, 8):
-        out = decode(demo_model, prompts, policy=FreeDave(drafts), **settings)
-        assert torch.equal(out.sequences, plain.sequences)
-        assert bool((out.sequence_passes < before).all())
-        assert int(out.sequence_passes.sum()) <= int(before.sum())
-        before = torch.minimum(before, out.sequence_passes + 1)
-    assert set(policies.names()) >= {"credit", "editing", "adablock", "ete", "freedave"}

@@ -49,16 +49,16 @@ class AdaBlock(Policy):
         self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
 
     def check(self, model: Any, *, block_length: int, cache: str) -> None:
-        given = [d for d in self.delimiters if isinstance(d, int)]
-        for i in given:
+        self._ids = [d for d in self.delimiters if isinstance(d, int)]
+        for i in self._ids:
             if not 0 <= i < model.vocab_size:
                 raise ValueError(f"delimiters: {i} given; ids 0 to {model.vocab_size - 1} allowed")
         texts = [d for d in self.delimiters if isinstance(d, str)]
         try:
-            found = [_single_token(model.tokenizer, text) for text in texts]
+            for text in texts:
+                self._ids += _single_tokens(model.tokenizer, text)
         except FileNotFoundError as error:
             raise ValueError(f"delimiters: {self.delimiters} given; {error}") from None
-        self._ids = given + [i for i in found if i is not None]
         if not self._ids:
             raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
 
@@ -86,8 +86,10 @@ class AdaBlock(Policy):
         return stats.log_odds >= self._bound
 
 
-def _single_token(tokenizer: Any, text: str) -> int | None:
-    """The id of a text that is one token, as it is encoded alone or as it stands in the vocabulary."""
+def _single_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that is one token: as it is encoded alone, and as it stands in the vocabulary (another, where
+    the former begins a word).
+    """
     coded = tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = coded[0] if len(coded) == 1 else tokenizer.convert_tokens_to_ids(text)
-    return None if found is None or found == tokenizer.unk_token_id else int(found)
+    found = [*(coded if len(coded) == 1 else []), tokenizer.convert_tokens_to_ids(text)]
+    return [int(i) for i in found if i is not None and i != tokenizer.unk_token_id]

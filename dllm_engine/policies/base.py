@@ -27,6 +27,9 @@ def whole(name: str, value: float, least: int) -> int:
     return int(value)
 
 
+HOOKS = ("reach", "probes", "block_lengths", "edit", "stay")  # what no kernel asks
+
+
 class Policy:
     """Base of the commit rules.
 
