@@ -76,3 +76,13 @@ def test_drafts_save_passes(demo_model: LLaDA, cache: str) -> None:
         assert bool((out.sequence_passes < before).all())
         assert int(out.sequence_passes.sum()) <= int(before.sum())
         before = torch.minimum(before, out.sequence_passes + 1)
+
+
+@pytest.mark.parametrize("seed", [32, 38])
+def test_drafts_end_where_the_text_does(seed: int) -> None:
+    """An end of the text in a block's last column leaves the canvas that was drafted, but hides what is behind it."""
+    model = tiny_model(seed=seed)
+    model.lm_head[1] = model.lm_head[40] * 1.3
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "cache": "none", "end_of_text": "committed"}
+    plain, drafted = (decode(model, [*PROMPTS[:3], [9, 8, 7]], policy=p, **settings) for p in (TopK(), FreeDave(4)))
+    assert torch.equal(drafted.sequences, plain.sequences)

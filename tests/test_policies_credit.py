@@ -51,6 +51,8 @@ def test_credit_is_the_dense_definition(threshold: float, peak: float) -> None:
         block = state.block(alive, width)
         logits = peak * (1.5 * base + rng.normal(size=base.shape))
         stats = stats_of(logits[alive.numpy()], policy.probes(block), block.undecided)
+        new = block.step_in_block == 0
+        assert not policy._credits[alive[new][:, None], block.columns[new]].any(), "credit of another prompt"
         before = state.undecided.clone()
         decide_(policy, state, block, stats, end_ids=None)
         calls += 1
