@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 POLICY_FORMS = (
     "auto; topk, random, left_to_right, margin [=TOKENS A STEP]; threshold[=0.9], factor[=1.0],"
     " learn2pd[=FILTER FILE][@THRESHOLD], entropy[=0.5], cad[=0.95/1/32/0.3], prophet[=7.5/5/2.5],"
-    " localleap[=0.9/0.75/4], hierarchical[=0.9/0.4], wedlm[=0.4/0.02], run_length[=0.9]; see docs/policies.md"
+    " localleap[=0.9/0.75/4], hierarchical[=0.9/0.4], wedlm[=0.4/0.02], run_length[=0.9],"
+    " credit[=0.9/0.65/0.7/0.2/4], editing[=0.7/0.5/16], adablock[=0.9/0.3/0.25/4], ete[=0.95/2/2], freedave[=8];"
+    " see docs/policies.md"
 )
 _TOKENS_A_STEP = (1, 2, 4, 8)
 _THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -72,12 +72,13 @@ def generate(
         if stream is not None:
             stream.step(joined, loop.where)
         for row in joined:
-            *_, passes, left = loop.where[row]
-            if left == 0:
+            if loop.where[row][-1] == 0:
                 if free is not None:
                     free.append(row)
                 sequence = state.tokens[row, padding[row] :].to("cpu", copy=True)  # host: it is finished
-                yield _generated(model, sequence, owners[row], state.prompt_length - padding[row], passes, seed)
+                yield _generated(
+                    model, sequence, owners[row], state.prompt_length - padding[row], loop.taken[row], seed
+                )
         loop.check(joined, describe)
     if failure is not None:
         raise failure

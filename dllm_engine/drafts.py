@@ -57,6 +57,7 @@ def verify_(
     policy: FreeDave,
     call: Call,
     width: int,
+    most: list[int],
     *,
     end_ids: Tensor | None,
     scoring: dict[str, Any],
@@ -64,7 +65,8 @@ def verify_(
     """Compute the drafts of the call's sequences, and make the rule's steps from them as long as drafts hold.
 
     A step is made from the statistics of the draft that the canvas equals, so each is the step that the rule makes
-    after a call of its own. It ends where no draft equals the canvas, the block is decided or the text ends.
+    after a call of its own. It ends where no draft equals the canvas, the block is decided, the text ends, or after
+    ``most`` steps of a sequence: then it needs a refresh.
     """
     model, state, count = forward.model, forward.state, policy.drafts
     sequences, batch = call.sequences, len(call.sequences)
@@ -101,11 +103,11 @@ def verify_(
     )
     stats = ops.block_stats(hidden, model.lm_head, drafts, reads_decided=policy.reads_decided, **scoring)
 
-    step, here = state.step[sequences] + 1, torch.arange(batch, device=rows.device)
+    here, limit = torch.arange(batch, device=rows.device), torch.tensor(most, device=rows.device)
     at, last = torch.zeros_like(here), torch.zeros_like(here)
     going = torch.ones_like(here, dtype=torch.bool)
     later = torch.arange(count, device=rows.device)
-    for _ in range(count):
+    for made in range(1, max(most) + 1):
         start, end = state.block_start[sequences], state.active_end[sequences]
         own = state.block(sequences, width)
         found = RowStats(*(field.unflatten(0, (batch, count))[here, at] for field in stats.fields()))
@@ -114,9 +116,8 @@ def verify_(
         last = torch.where(going, at, last)
         open_, held = state.undecided[rows, columns][:, None], state.tokens[rows, columns][:, None]
         same = ((open_ == undecided) & (open_ | (held == tokens))).all(2) & (later > at[:, None])
-        going = going & same.any(1)
+        going = going & same.any(1) & (made < limit)
         going &= (state.block_start[sequences] == start) & (state.active_end[sequences] == end)
         at = torch.where(going, same.int().argmax(1), at)
-    state.step[sequences] = step  # one call, however many steps
     for cache in caches:
         cache.keep(here * count + last)

@@ -179,7 +179,7 @@ class Engine:
             return DecodeOutput(
                 sequences=state.tokens.clone(),  # the canvas is the next call's
                 forward_passes=loop.passes,
-                sequence_passes=state.step.clone(),
+                sequence_passes=torch.tensor(loop.taken, device=state.tokens.device),
                 generated_tokens=(is_end.cumsum(1) == 0).sum(1),
                 settings=options.told(seeds),
             )

@@ -22,7 +22,7 @@ class Loop:
 
     Attributes:
         where: `DecodeState.progress` on the host, as the last step left it.
-        passes: model calls made.
+        passes: model calls made. taken: those that each row's sequence took part in.
     """
 
     def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
@@ -41,7 +41,8 @@ class Loop:
         self.predicts = options.end_of_text == "predicted"
         self.refresh = options.cache.refresh if options.cache.name != "none" else None
         policy.begin(state)
-        self.reach = policy.reach(state.block_length, options.gen_length)
+        reach = policy.reach(state.block_length, options.gen_length)
+        self.reach = max(state.block_length, min(reach, options.gen_length))
         self.rule = policies.as_rule(policy, state.block_length, device)
         if self.rule is not None:  # once for all steps
             dtype = torch.float32 if options.cfg_scale else model.dtype
@@ -59,13 +60,13 @@ class Loop:
         self.block_calls = None
         if self.rule is not None and graphs.supported(self.forward, options):
             self.block_calls = graphs.BlockCalls(self.forward, self.rule, self.stopping_ids, self.scoring, buffers)
-        self.passes = 0
+        self.passes, self.taken = 0, [0] * state.batch
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
     def admit(self, row: int, prompt: Sequence[int], seed: int) -> None:
         """A new prompt begins in the row of a finished sequence."""
         self.state.admit(row, prompt, seed)
-        self.where[row] = self.state.start
+        self.where[row], self.taken[row] = self.state.start, 0
         self.forward.padding[row] = self.state.prompt_length - len(prompt)
 
     def step(self) -> list[int]:
@@ -76,7 +77,8 @@ class Loop:
             return []
         due, ahead = self._due(unfinished), self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
-        joining = self.forward.arrange(due or (self.refresh and ahead) or unfinished, refresh=bool(due))
+        apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
+        joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due))
         ahead = [b for b in joining if b in ahead]
         if self.block_calls is not None and not due and not ahead:
             self.block_calls(joining)
@@ -86,6 +88,8 @@ class Loop:
             self._call(joining, ahead, refresh=bool(due))
 
         self.passes += 1
+        for b in joining:
+            self.taken[b] += 1
         self.where = self.state.progress.tolist()  # host: the one read between steps; decides who joins the next call
         return joining
 
@@ -129,7 +133,16 @@ class Loop:
         width = min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
         call = self.forward.planned(joining, starts, ends, refresh=False, width=width)
         policy: Any = self.policy
-        drafts.verify_(self.forward, policy, call, width, end_ids=self.stopping_ids, scoring=self.scoring)
+        most = [self._until_due(b) for b in joining]
+        drafts.verify_(self.forward, policy, call, width, most, end_ids=self.stopping_ids, scoring=self.scoring)
+
+    def _until_due(self, b: int) -> int:
+        """Steps that a sequence may make, one at least, before it needs a refresh: at most as many as drafts."""
+        *_, in_block, _, step, _ = self.where[b]
+        drafts = range(1, self.policy.drafts)
+        if self.refresh is None:
+            return self.policy.drafts
+        return next((i for i in drafts if self.refresh.due(step + i, in_block + i)), self.policy.drafts)
 
     def _due(self, unfinished: list[int]) -> list[int]:
         """Those whose next call is a refresh."""

@@ -228,16 +228,21 @@ def commit_(
         block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
         selected: bool [B', S]. tokens: int64 [B', S], what is written where. end_ids: int64 [E], or None for end of
             text "off".
-        edited: bool [B', S], decided positions that are written too.
+        edited: bool [B', S], positions that are written too; of them only decided ones before the end of the text.
         stays: bool [B'], sequences that stay in their block though it is decided; ``left`` counts one for them.
-        lengths: int64 [B'], of their blocks; the block length of the decode by default.
+        lengths: int64 [B'], of their blocks, 1 to S, behind which nothing is committed; by default the block length of
+            the decode, and then all that the rule sees may be.
         only: bool [B'], the sequences that take part; the others are left as they are.
     """
     undecided, sequences, rows, columns = block.undecided, block.sequences, block.sequences[:, None], block.columns
-    failed = undecided & ((stats.token < 0) | score.isnan())
-    rank = ranking(score, undecided).argsort(dim=1)
-    chosen = undecided & (selected | (rank < block.quota[:, None])) & ~failed
-    written = chosen if edited is None else chosen | edited
+    open_ = undecided
+    if lengths is not None:
+        lengths = lengths.clamp(1, columns.shape[1])
+        open_ = undecided & (torch.arange(columns.shape[1], device=columns.device) < lengths[:, None])
+    failed = open_ & ((stats.token < 0) | score.isnan())
+    rank = ranking(score, open_).argsort(dim=1)
+    chosen = open_ & (selected | (rank < block.quota[:, None])) & ~failed
+    written = chosen if edited is None else chosen | (edited & block.active & ~undecided)
     if only is not None:
         failed, chosen, written = (mask & only[:, None] for mask in (failed, chosen, written))
     seen = undecided if only is None else undecided & only[:, None]

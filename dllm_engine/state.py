@@ -13,17 +13,18 @@ from dllm_engine.buffers import Buffers
 
 @dataclass(frozen=True)
 class BlockState:
-    """The sequences of one call and the rows of their blocks: what a policy sees. S is the widest block still active.
+    """The sequences of one call and the rows of their blocks: what a policy sees. S is the widest block still
+    active, or for rules that `reach` farther, as far as they do.
 
     Attributes:
         sequences: int64 [B'], batch indices. columns: int64 [B', S], canvas-absolute.
         undecided: bool [B', S], may be committed. active: bool [B', S], False from ``active_end`` on.
-        predicted: int64 [B', S], what the step before predicted there; −1 before a block's first.
+        predicted: int64 [B', S], what the last step that saw it predicted there; −1 before the first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
-        tokens: int64 [B', S], what the canvas holds. step_in_block: int64 [B'], calls since the block began.
-        left: int64 [B'], undecided columns of the whole sequence. text_length: int64 [B'], columns of the generation
-            before the end of the text, all of them until an end is known.
+        tokens: int64 [B', S], what the canvas holds. step_in_block: int64 [B'], steps since the block began.
+        left: int64 [B'], undecided columns of the whole sequence (1 where a decided block stays open).
+        text_length: int64 [B'], columns of the generation before the end of the text, all until an end is known.
         end_ids: int64 [E], the model's end ids.
     """
 
@@ -61,7 +62,7 @@ class DecodeState:
         quota: int64 [block_length], per step of a block.
         progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
             block_start; active_end, first column after the end of the text; step_in_block, 0 exactly when a block
-            begins; failed_at, first column without a valid token, L if none; step, calls made; left, undecided columns.
+            begins; failed_at, first column without a valid token, L if none; step, steps made; left, undecided columns.
     """
 
     block_start = property(lambda self: self.progress[:, 0])
@@ -181,9 +182,10 @@ class DecodeState:
     def block(self, sequences: Tensor, width: int) -> BlockState:
         """The view of a call: ``sequences`` [B'] and the first ``width`` rows of their blocks."""
         columns = self.block_start[sequences, None] + torch.arange(width, device=sequences.device)
-        # a block of its own length may reach over the canvas: what is there is not undecided
+        # Rows that reach over the canvas name the decided columns before the block, each its own: what is written back
+        # there is what was there. (Clamped to the last column, they would write it at the same time as its own row.)
         rows, inside = sequences[:, None], columns < self.length
-        columns = columns.clamp_max(self.length - 1)
+        columns = torch.where(inside, columns, columns - width)
         step_in_block = self.step_in_block[sequences]
         keys = (self.seeds[rows], columns - self.prompt_length, self.step[rows])
         return BlockState(

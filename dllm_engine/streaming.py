@@ -45,7 +45,8 @@ def _settled(row: list[int]) -> int:
 
 class BlockStream:
     """Calls ``streamer(name, tokens)`` once a committed block; ``tokens`` is int64 [≤ block_length + 1] on the CPU (the
-    token that ends the text may follow a block) and reaches no farther than the end of the text.
+    token that ends the text may follow a block) and reaches no farther than the end of the text. Rules that decide
+    blocks ahead or set their lengths have more in one call.
     """
 
     def __init__(self, streamer: Callable[[int, Tensor], Any], state: DecodeState, names: list[int]) -> None:

@@ -12,7 +12,9 @@ from dllm_engine.noise import philox
 
 from .tasks import Task
 
-FLOOR = -1e4  # for log 0: with an infinity the identity head would add 0 · inf = NaN
+# For log 0: with an infinity the identity head would add 0 · inf = NaN. Rules that average logits (Prophet) see it: at
+# −1e4 one certain position would outweigh a whole block; from −14 to −35 their figures are the same.
+FLOOR = -34.5
 JITTER = 1e-3  # far above float32's rounding of log-odds, far below any gap between different marginals
 _STREAM = 2  # of the counter-based generator; the engine's own noise has streams 0 and 1
 

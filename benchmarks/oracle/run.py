@@ -64,9 +64,13 @@ def measure(
 
 
 def _policy(parsed: PolicyText, model: OracleModel) -> Policy | str:
-    """`PolicyText.make`, where a bare ``learn2pd`` is the demo model's filter (it sees no token, so it fits)."""
+    """`PolicyText.make`, where a bare ``learn2pd`` is the demo model's filter (it sees no token, so it fits), and
+    ``adablock`` looks for an end of the text, which no answer has: there is no other delimiter.
+    """
     if parsed.name == "learn2pd" and parsed.file is None:
         return policies.Learn2PD(LearnedFilter.from_pretrained(DEMO_MODEL, force=True), parsed.value)
+    if parsed == PolicyText("adablock"):
+        return policies.AdaBlock(delimiters=model.end_ids)
     return parsed.make(model)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
 from dllm_engine.policies.adablock import AdaBlock
-from dllm_engine.policies.base import Policy, RulePolicy
+from dllm_engine.policies.base import HOOKS, Policy, RulePolicy
 from dllm_engine.policies.cad import CAD
 from dllm_engine.policies.credit import Credit
 from dllm_engine.policies.editing import TokenEditing
@@ -80,12 +80,10 @@ def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str
 
 def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | None:
     """The policy as data that a kernel decides by; None if its own `score` and `select` must be called."""
-    own = (
-        type(policy).score is not Policy.score
-        or type(policy).select is not RulePolicy.select
-        or type(policy).tokens is not Policy.tokens
-    )
-    rule = None if own else policy.rule(block_length, device)
+    base = type(policy)
+    own = (getattr(base, hook) is not getattr(Policy, hook) for hook in ("score", "tokens", *HOOKS))
+    decides = policy.drafts > 1 or base.select is not RulePolicy.select or any(own)
+    rule = None if decides else policy.rule(block_length, device)
     return None if rule is None or rule.filter_length > MAX_FILTER else rule
 
 

@@ -43,19 +43,22 @@ class AdaBlock(Policy):
         self.threshold = in_range("threshold", threshold, 0, 1)
         self.delimiter_threshold = in_range("delimiter_threshold", delimiter_threshold, 0, 1)
         self.window, self.least = in_range("window", window, 0, 1), whole("least", least, 1)
-        if isinstance(delimiters, str) or not delimiters:
+        if isinstance(delimiters, str) or not delimiters or not all(isinstance(d, str | int) for d in delimiters):
             raise ValueError(f"delimiters: {delimiters!r} given; a list of texts or ids, at least one, is needed")
         self.delimiters = tuple(delimiters)
         self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
 
     def check(self, model: Any, *, block_length: int, cache: str) -> None:
-        given = [d for d in self.delimiters if isinstance(d, int)]
-        for i in given:
+        self._ids = [d for d in self.delimiters if isinstance(d, int)]
+        for i in self._ids:
             if not 0 <= i < model.vocab_size:
                 raise ValueError(f"delimiters: {i} given; ids 0 to {model.vocab_size - 1} allowed")
         texts = [d for d in self.delimiters if isinstance(d, str)]
-        found = [_single_token(model.tokenizer, text) for text in texts]
-        self._ids = given + [i for i in found if i is not None]
+        try:
+            for text in texts:
+                self._ids += _single_tokens(model.tokenizer, text)
+        except FileNotFoundError as error:
+            raise ValueError(f"delimiters: {self.delimiters} given; {error}") from None
         if not self._ids:
             raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
 
@@ -66,27 +69,27 @@ class AdaBlock(Policy):
         self._lengths = torch.full_like(state.step, state.block_length)
         self._delimiters = torch.tensor(self._ids, device=state.tokens.device)
         self._block_length = state.block_length
+        self._window = int(self.window * (state.length - state.prompt_length))
 
     def block_lengths(self, stats: RowStats, state: BlockState) -> Tensor:
         offset = torch.arange(state.columns.shape[1], device=state.columns.device)
         ends = torch.isin(stats.token, self._delimiters) & state.undecided & (stats.log_odds >= self._least_odds)
-        odds = stats.log_odds.masked_fill(~ends | (offset < self.least - 1), -torch.inf)
+        ends &= (offset >= self.least - 1) & (offset < self._window)
+        odds = stats.log_odds.masked_fill(~ends, -torch.inf)
         best, at = odds.max(1)
         found = torch.where(best > -torch.inf, at + 1, self._block_length)
         found = torch.where(state.step_in_block == 0, found, self._lengths[state.sequences])
         self._lengths[state.sequences] = found
-        self._inside = offset < found[:, None]
         return found
 
-    def score(self, stats: RowStats, state: BlockState) -> Tensor:
-        return stats.log_odds.masked_fill(~self._inside, -torch.inf)
-
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        return self._inside & (stats.log_odds >= self._bound)
+        return stats.log_odds >= self._bound
 
 
-def _single_token(tokenizer: Any, text: str) -> int | None:
-    """The id of a text that is one token, as it is encoded alone or as it stands in the vocabulary."""
+def _single_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that is one token: as it is encoded alone, and as it stands in the vocabulary (another, where
+    the former begins a word).
+    """
     coded = tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = coded[0] if len(coded) == 1 else tokenizer.convert_tokens_to_ids(text)
-    return None if found is None or found == tokenizer.unk_token_id else int(found)
+    found = [*(coded if len(coded) == 1 else []), tokenizer.convert_tokens_to_ids(text)]
+    return [int(i) for i in found if i is not None and i != tokenizer.unk_token_id]

@@ -27,6 +27,9 @@ def whole(name: str, value: float, least: int) -> int:
     return int(value)
 
 
+HOOKS = ("reach", "probes", "block_lengths", "edit", "stay")  # what no kernel asks
+
+
 class Policy:
     """Base of the commit rules.
 
@@ -58,7 +61,9 @@ class Policy:
     # in this order, once each.
 
     def reach(self, block_length: int, gen_length: int) -> int:
-        """Columns from a block's start that a call computes and the rule sees and may commit; S is at most that."""
+        """Columns from a block's start that a call computes and the rule sees and may commit; S is at most that. Less
+        than the block length is that, more than gen_length is gen_length.
+        """
         return block_length
 
     def probes(self, state: BlockState) -> Tensor | None:
@@ -66,8 +71,8 @@ class Policy:
         return None
 
     def block_lengths(self, stats: RowStats, state: BlockState) -> Tensor | None:
-        """Lengths of the blocks that the sequences are in, int64 [B'], at most `reach`; a sequence moves on when so
-        many columns are decided. By default the block length of the decode.
+        """Lengths of the blocks that the sequences are in, int64 [B'], 1 to `reach`: behind them nothing is committed,
+        and a sequence moves on when so many columns are decided. By default the block length of the decode.
         """
         return None
 

@@ -68,9 +68,11 @@ class Credit(Policy):
         self._ids[where] = torch.where(undecided, ids, self._ids[where])
         self._credits[where] = torch.where(undecided, credits, self._credits[where])
 
+        # of the mass beside the best id, which log-odds know where its probability has rounded to 1
+        untraced = torch.sigmoid(-stats.log_odds) - probability.masked_fill(place, 0.0).sum(-1)
         raised = probability * (1 + credits) ** self.weight
         top, at = raised.max(-1)
-        others = (1 - probability.sum(-1)).clamp_min(0) + (raised.sum(-1) - top).clamp_min(0)
+        others = untraced.clamp_min(0) + raised.scatter(-1, at[..., None], 0.0).sum(-1)
         self._tokens = torch.where(stats.token < 0, -1, ids.gather(-1, at[..., None])[..., 0])
         self._odds = torch.where(others > 0, top / others, float("inf"))
         return self._odds.log()

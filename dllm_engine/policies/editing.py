@@ -17,8 +17,8 @@ class TokenEditing(Policy):
 
     A block ends when all of it is decided and a pass replaced nothing, or after ``post_steps`` passes without an
     undecided position. A replaced token does not come back at its position, so that no pair of tokens takes turns for
-    ever. The defaults are the published quality mode; speed mode is 0.5 and 0. Only models trained to edit gain by
-    it: others mostly repeat what is decided.
+    ever. An end of the text stays where it is, whatever replaces its token. The defaults are the published quality
+    mode; speed mode is 0.5 and 0. Only models trained to edit gain by it: others mostly repeat what is decided.
 
     Args:
         threshold, edit_threshold: 0 to 1. post_steps: ≥ 1.

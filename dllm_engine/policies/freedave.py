@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.policies.base import Policy, whole
+from dllm_engine.policies.base import HOOKS, Policy, whole
 from dllm_engine.policies.topk import TopK
 from dllm_engine.reference import RowStats
 from dllm_engine.rules import ranking
@@ -32,9 +32,10 @@ class FreeDave(Policy):
     def __init__(self, drafts: int = 8, *, rule: Policy | None = None) -> None:
         self.rule_ = TopK() if rule is None else rule
         self.drafts = whole("drafts", drafts, 2)
+        if not isinstance(self.rule_, Policy):
+            raise TypeError(f"rule: {type(rule).__name__} given; a policies.Policy is needed")
         base = type(self.rule_)
-        hooks = ("begin", "probes", "edit", "stay", "reach", "block_lengths")
-        if self.rule_.drafts > 1 or any(getattr(base, hook) is not getattr(Policy, hook) for hook in hooks):
+        if self.rule_.drafts > 1 or any(getattr(base, hook) is not getattr(Policy, hook) for hook in ("begin", *HOOKS)):
             raise ValueError(f"rule: {self.rule_!r} given; one that decides by the statistics of one pass is needed")
 
     @property
