@@ -55,6 +55,8 @@ def demo_contenders(model: LLaDA, softmax_dtype: torch.dtype | None, gen_length:
         ("+ learned filter", "auto", "dual", "off", ""),
         ("+ end of text, committed", "auto", "dual", "committed", ""),
         ("+ end of text, predicted", "auto", "dual", "predicted", ""),
+        # the strongest simple baseline: all but the filter
+        (f"threshold {THRESHOLD}, end of text", "threshold", "dual", "committed", ""),
     ]
     steps = [
         ours(name, model, gen_length, same_as, policy=policy, cache=cache, end_of_text=end_of_text)
