@@ -223,7 +223,7 @@ def main() -> None:
     )
     parser.add_argument("--rules", nargs="+", default=policies.names(), metavar="NAME", help="default: all registered")
     parser.add_argument("--batch-size", type=int, default=60)
-    parser.add_argument("--dry-run", action="store_true", help="write page, picture and figures to --keep instead")
+    parser.add_argument("--dry-run", action="store_true", help="page, picture and figures to --keep, as with --rules")
     args = parser.parse_args()
     if unknown := set(args.rules) - set(policies.names()):
         parser.error(f"--rules: {', '.join(sorted(unknown))} given; known: {', '.join(policies.names())}")
@@ -238,7 +238,8 @@ def main() -> None:
     decoded = [by_task(rows, samples) for rows in decode_all(model, samples, chosen, args.keep, args.batch_size)]
     records = [record(setting, own, decoded[0]) for setting, own in zip(chosen, decoded, strict=True)]
     about = provenance(model.device) | {"seed": args.seed, "batch_size": args.batch_size}
-    docs, results = (args.keep, args.keep) if args.dry_run else (ROOT / "docs", RESULTS)
+    partial = args.dry_run or set(args.rules) != set(policies.names())  # the page shows whole reports only
+    docs, results = (args.keep, args.keep) if partial else (ROOT / "docs", RESULTS)
     (results / "policies.json").write_text(json.dumps({"about": about, "settings": records}, indent=1) + "\n", "utf-8")
     (docs / "policies.md").write_text(update(page, markdown(records, about)), encoding="utf-8")
     titles = {task: f"{task} (not trained)" if task in NOT_TRAINED else task for task in decoded[0]}

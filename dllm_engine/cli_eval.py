@@ -86,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
     settings.add_argument(
-        "--gen-length", type=int, metavar="N", help="tokens to generate (default: blocks that fit the longest answer)"
+        "--gen-length",
+        type=int,
+        metavar="N",
+        help="tokens to generate (default: blocks that fit the longest answer; of gsm8k 256)",
     )
     settings.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
     settings.add_argument(

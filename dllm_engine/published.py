@@ -71,7 +71,7 @@ def _tasks(paths: Sequence[Path], left_out: list[str]) -> Iterator[tuple[str, di
             files = sorted(file.parent.glob("*.jsonl")) if path.is_dir() else [path]
             left_out += [f"{rows.name}: {file} has no prompt for it" for rows in files if rows not in known]
             for rows, name in known.items():
-                metric = entries[name].get("metric")
+                metric = str(entries[name].get("metric"))
                 if not path.is_dir() and rows != path:
                     continue
                 if metric not in _SCORERS or metric == "gsm8k":
