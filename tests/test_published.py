@@ -341,6 +341,7 @@ def test_errors_come_before_the_first_pass(
         ("waiting_line/shuffle.jsonl", {"input": {"context": LIST}, "answer": {"input": THREE, "n_words": 2}}),
         ("puzzle/sudoku_tiny.jsonl", {"input": {"sudoku": SUDOKU}, "answer": "1234"}),
         ("puzzle/sudoku_tiny.jsonl", {"input": {"sudoku": SUDOKU}, "answer": None}),
+        ("puzzle/sudoku_tiny.jsonl", {"input": {"sudoku": SUDOKU}, "answer": SUDOKU.replace("4", "0")}),
         ("puzzle/latin_tiny.jsonl", {"input": {"size": 4, "symbols": "AB"}, "answer": {"symbols": []}}),
         ("puzzle/latin_tiny.jsonl", {"input": {"size": 4, "symbols": "AB"}, "answer": "AB"}),
     ],
