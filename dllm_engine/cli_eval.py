@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE.jsonl",
-        help='published ParallelBench files, or rows {"prompt" or "messages", "answer"} scored by exact match',
+        help='published ParallelBench files in the demo\'s template, or rows {"prompt" or "messages", "answer"}, scored'
+        " by exact match; with --benchmark, the files it publishes",
+    )
+    questions.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        help="parallelbench (--data DIR, of task_config.yaml and JSON lines) or gsm8k (--data FILE.jsonl): published"
+        " questions through the model's chat template, with the benchmark's prompts; for real checkpoints",
     )
     questions.add_argument("--prompts", type=int, default=100, metavar="N", help="questions a task (%(default)s)")
     questions.add_argument("--seed", type=int, default=1, metavar="N", help="of the questions (%(default)s)")
@@ -79,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     settings.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
     settings.add_argument(
-        "--gen-length", type=int, metavar="N", help="tokens to generate (default: blocks that fit the longest answer)"
+        "--gen-length",
+        type=int,
+        metavar="N",
+        help="tokens to generate (default: blocks that fit the longest answer; of gsm8k 256)",
     )
     settings.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
     settings.add_argument(
@@ -106,10 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
     from dllm_engine.evaluate import Setting
-    from dllm_engine.samples import canvas_for, longest_answer, read_samples
+    from dllm_engine.published import GSM8K_LENGTH
+    from dllm_engine.samples import canvas_for, longest_answer
 
     filters = _check(args)
-    read = [sample for file in args.data or () for sample in read_samples(file, args.limit)]
+    read = _read(args)
     model = load()
     samples = read or _fresh(args, model)
     longest, least = longest_answer(model, samples), canvas_for(model, samples, args.block_length)
@@ -119,7 +130,10 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
             f"--gen-length: {gen_length} given; the longest answer has {longest} tokens and an end token:"
             f" {least} or a larger multiple of the block length {args.block_length} is needed"
         )
-    if args.gen_length is None:
+    if args.gen_length is None and args.benchmark == "gsm8k":
+        gen_length = max(least, args.block_length * -(-GSM8K_LENGTH // args.block_length))
+        _note(f"gen_length {gen_length}: room for the model's own working")
+    elif args.gen_length is None:
         _note(f"gen_length {gen_length}: fits the longest answer ({longest} tokens) and its end token")
     texts = _sweep(args, model, filters) if args.sweep else args.policy
     settings = [
@@ -143,6 +157,10 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         print(json.dumps(records, indent=1))
     else:
         _print_table(records, f"{len(samples)} questions to {model.path and model.path.name}, {_machine(model)}")
+        if args.benchmark:
+            from dllm_engine.cli_eval_tasks import print_tasks
+
+            print_tasks(records)
 
 
 # -- from arguments to questions and settings -------------------------------------------------------------------------
@@ -157,6 +175,10 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
+    if args.benchmark and args.data is None:
+        raise ValueError("--benchmark: needs --data: its published files")
+    if args.benchmark and args.chat is False:
+        raise ValueError("--no-chat: the questions of a benchmark go through the chat template")
     if args.limit is not None and args.data is None:
         raise ValueError("--limit: needs --data (--prompts is the number of fresh questions)")
     for task in args.tasks or ():
@@ -181,6 +203,21 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
 
         pyplot()  # a missing matplotlib must not show after an hour of decoding
     return filters
+
+
+def _read(args: argparse.Namespace) -> list[Sample]:
+    """The questions of --data; none without it. Tells what of a benchmark is left out."""
+    from dllm_engine import published
+    from dllm_engine.samples import read_samples
+
+    if not args.benchmark:
+        return [sample for file in args.data or () for sample in read_samples(file, args.limit)]
+    samples, left_out = published.read(args.benchmark, args.data, args.limit)
+    for line in left_out:
+        _note(f"left out: {line}")
+    if args.model is None:
+        _note("the built-in model was not trained on these prompts: its figures say nothing (--model PATH_OR_HUB_ID)")
+    return samples
 
 
 def _fresh(args: argparse.Namespace, model: LLaDA) -> list[Sample]:
@@ -282,13 +319,18 @@ def _record(
         loss, upper = paired_loss([row.right for row in baseline], [row.right for row in rows])
         ratio = sum(row.passes for row in baseline) / sum(row.passes for row in rows)
     rule, value = _rule_and_value(setting, label)
+    by_task = {}
+    if args.benchmark:
+        from dllm_engine.cli_eval_tasks import task_figures
+
+        by_task = task_figures(baseline, rows)
     return {
         "policy": setting.policy_text, "label": label, "rule": rule, "value": value, "cache": setting.cache,
         "end_of_text": setting.end_of_text, "block_length": setting.block_length, "gen_length": setting.gen_length,
         "steps": setting.policy.steps(setting.gen_length, setting.steps), **summary(rows),
         "loss": loss, "loss_upper": upper, "passes_ratio": ratio, "batch_size": args.batch_size, "seed": args.seed,
         "model": str(model.path), "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), **by_task,
     }  # fmt: skip
 
 

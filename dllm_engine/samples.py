@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import tasks
+from dllm_engine import published, tasks
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -18,6 +18,8 @@ EXACT = "exact match"  # the task of plain rows; a chat stands in the sample's a
 
 def is_right(sample: tasks.Sample, text: str) -> bool:
     """By the task's own scorer; of an `EXACT` sample the stripped text must be the stripped answer."""
+    if "metric" in sample.about:
+        return published.score(sample, text)
     return text.strip() == sample.answer.strip() if sample.task == EXACT else tasks.score(sample, text)
 
 
@@ -37,7 +39,7 @@ def prompt_rows(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: another row; says where, ``name`` being that of the file.
     """
-    for number, row in _numbered(lines, name):
+    for number, row in numbered(lines, name):
         yield _with_prompt(row, name, number)
 
 
@@ -64,7 +66,7 @@ def _read(
     file: Path, limit: int | None, sample: Callable[[dict[str, Any], Path, int], tasks.Sample]
 ) -> list[tasks.Sample]:
     with open(file, encoding="utf-8") as lines:
-        samples = [sample(row, file, number) for number, row in islice(_numbered(lines, str(file)), limit)]
+        samples = [sample(row, file, number) for number, row in islice(numbered(lines, str(file)), limit)]
     if not samples:
         raise ValueError(f"{file}: no item in it")
     return samples
@@ -86,7 +88,12 @@ def _plain(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
     return tasks.Sample(EXACT, messages[-1]["content"] if messages else row["prompt"], row["answer"], about)
 
 
-def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """JSON objects of the lines that are not empty, with their line numbers.
+
+    Raises:
+        ValueError: another line; says where.
+    """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from dllm_engine import policies
+from dllm_engine.policy_text import PolicyText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 Run = Callable[..., str]
@@ -82,3 +86,43 @@ def test_arguments_that_cannot_be(
         run(script, *arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_policies_report(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ("--prompts", "1", "--rules", "threshold", "margin", "--keep", str(tmp_path / "kept"))
+    text = run("policies_report.py", *arguments)
+    for name in ("topk", "threshold=0.7", "margin=4", "policies.png written"):
+        assert name in text
+    kept = tmp_path / "kept"
+    page = (kept / "policies.md").read_text(encoding="utf-8")
+    assert page.count("policies_report: begin") == page.count("policies_report: end") == 1
+    assert "\n| `threshold=0.95` | dual | " in page.replace("**", "")
+    assert page.index("## What wins where") < page.index("| rule | cache |") < page.index("policies_report: end")
+    assert (kept / "policies.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((kept / "policies.json").read_text(encoding="utf-8"))["settings"]
+    assert [(s["setting"], s["cache"]) for s in settings[:2]] == [("topk", "none"), ("threshold=0.95", "dual")]
+    assert {s["cache"] for s in settings if s["setting"] == "threshold"} == {"none", "prefix", "dual"}
+    first = settings[0]["figures"]
+    assert (first["mean"]["prompts"], first["lists"]["prompts"], first["sums"]["prompts"]) == (7, 6, 1)
+    assert (first["mean"]["loss"], first["not trained"]["prompts"]) == (0.0, 2)
+    size = {file: file.stat().st_size for file in kept.glob("*.jsonl")}
+    run("policies_report.py", *arguments)  # all rows are kept: nothing is decoded again
+    assert {file: file.stat().st_size for file in kept.glob("*.jsonl")} == size
+
+
+def test_the_report_replaces_what_is_between_the_markers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from policies_report import BEGIN, END, SETTINGS, update
+
+    page = f"a\n\n{BEGIN}\n\nold\n\n{END}\n\nz\n"
+    assert update(page, "new") == page.replace("old", "new")
+    assert update(update(page, "new"), "old") == page
+    for broken in ("a", f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}", f"{BEGIN} {END} {END}"):
+        with pytest.raises(ValueError, match="the page needs"):
+            update(broken, "new")
+    assert set(SETTINGS) == set(policies.names())
+    for name, texts in SETTINGS.items():
+        assert name in texts
+        assert all(PolicyText.parse(text).name == name for text in texts)

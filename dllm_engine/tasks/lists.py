@@ -82,7 +82,12 @@ def parse(text: str) -> list[str]:
 
 def score(task: str, text: str, about: dict[str, Any]) -> bool:
     """Strict: the whole text must be the list, no fixed punctuation may be missing."""
-    given, items, word = parse(text), about["items"], about["word"]
+    return is_answer(task, parse(text), about)
+
+
+def is_answer(task: str, given: list[str], about: dict[str, Any]) -> bool:
+    """Whether a parsed list is a right one (tasks with several answers accept each)."""
+    items, word = about["items"], about["word"]
     if task == "shuffle":
         return Counter(given) == Counter(items) and given != items
     if task == "insert_random":
