@@ -3,7 +3,9 @@
 A pass is *after the end* if every undecided position of the sequence's block lies behind the first end id of its final
 text: no such pass can change the answer. Each rule is decoded three times, with end of text off, committed and
 predicted; printed and appended to ``benchmarks/results/<device>.jsonl`` are the share of answers that changed against
-"off", the passes, and the share of the passes after the end that are gone.
+"off", the passes, and the share of the passes after the end that are gone. The answer of a worded sum is its final
+number, that of a list the list. The wording of a sum has interchangeable phrasings, and which of two equally likely ones
+is taken changes with anything; the share of texts that changed at all is told beside.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from learn2pd import questions
 from torch import Tensor
 from tqdm import tqdm
 
-from dllm_engine import LLaDA, decode, policies
+from dllm_engine import LLaDA, decode, policies, tasks
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.tasks import sums
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
 WAYS = ("off", "committed", "predicted")
@@ -56,6 +59,10 @@ class Watched(Policy):
     def after(self, ends: Tensor) -> int:
         """Passes of sequences whose undecided positions all lie behind ``ends`` [B]."""
         return sum(int((first > ends[sequences]).sum()) for sequences, first in self.seen)
+
+
+def _answer(sample: tasks.Sample, text: str) -> int | str | None:
+    return sums.answer(text) if sample.task == "worded_sums" else text
 
 
 def main() -> None:
@@ -97,10 +104,13 @@ def main() -> None:
                     passes[way] += int(out.sequence_passes.sum())
                     after[way] += watched.after(ends)
             for way in WAYS:
-                changed = sum(a != b for a, b in zip(answers["off"], answers[way], strict=True))
+                texts = sum(a != b for a, b in zip(answers["off"], answers[way], strict=True))
+                read = [[_answer(s, text) for s, text in zip(samples, answers[w], strict=True)] for w in ("off", way)]
+                changed = sum(a != b for a, b in zip(*read, strict=True))
                 records.append({
                     "benchmark": "end_of_text", "policy": text, "cache": cache, "end_of_text": way,
                     "gen_length": args.gen_length, "prompts": len(prompts), "answers_changed": changed / len(prompts),
+                    "texts_changed": texts / len(prompts),
                     "forward_passes": passes[way] / len(prompts), "passes_after_end": after[way] / len(prompts),
                     "after_end_removed": 1 - after[way] / max(1, after["off"]),
                 })  # fmt: skip
@@ -108,7 +118,8 @@ def main() -> None:
                     f"{text:<16}{cache:<8}{way:<12}{passes[way] / len(prompts):7.2f} passes,"
                     f" {after[way] / len(prompts):6.2f} after the end"
                     f" ({100 * records[-1]['after_end_removed']:.1f} % of off's gone),"
-                    f" {100 * changed / len(prompts):.2f} % of the answers changed"
+                    f" {100 * changed / len(prompts):.2f} % of the answers changed,"
+                    f" {100 * texts / len(prompts):.2f} % of the texts"
                 )
     print(append(records, model.device))
 

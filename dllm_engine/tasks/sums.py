@@ -69,10 +69,15 @@ def make(rng: random.Random, steps: int, largest: int, multiply: bool) -> tuple[
     return " ".join(told), " ".join([*worked, f"the answer is {value}"]), facts | {"result": value}
 
 
-def score(text: str, about: dict[str, Any]) -> bool:
+def answer(text: str) -> int | None:
     """The number after the last "the answer is"."""
     found = re.findall(r"the answer is (\d+)(?!\d)", text)
-    return bool(found) and int(found[-1]) == about["result"]
+    return int(found[-1]) if found else None
+
+
+def score(text: str, about: dict[str, Any]) -> bool:
+    """Whether the `answer` is right."""
+    return answer(text) == about["result"]
 
 
 def score_working(text: str, about: dict[str, Any]) -> bool:
