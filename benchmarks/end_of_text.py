@@ -4,8 +4,8 @@ A pass is *after the end* if every undecided position of the sequence's block li
 text: no such pass can change the answer. Each rule is decoded three times, with end of text off, committed and
 predicted; printed and appended to ``benchmarks/results/<device>.jsonl`` are the share of answers that changed against
 "off", the passes, and the share of the passes after the end that are gone. The answer of a worded sum is its final
-number, that of a list the list. A sum has interchangeable phrasings, and which of two equally likely ones is taken changes
-with anything; the share of texts that changed at all is told beside.
+number, that of a list the list. A sum has interchangeable phrasings, and which of two equally likely ones is taken
+changes with anything; the share of texts that changed at all is told beside.
 """
 
 from __future__ import annotations
