@@ -85,11 +85,7 @@ def verify_(
     mask = mask.repeat_interleave(count, 0) if mask is not None and len(mask) > 1 else mask
     caches = [BranchCache.of(cache, count) for cache in call.caches or ()]
     hidden = model.hidden_states(queries, (rope[0], rope[1]), mask, [*caches] or None, forward.joined)
-    if isinstance(call.block, slice):
-        hidden = hidden[:, call.block]
-    else:
-        at = call.block.repeat_interleave(count, 0)
-        hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
+    hidden = call.block_rows(hidden, count)
 
     def spread(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(count, 0)

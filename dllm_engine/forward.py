@@ -33,6 +33,18 @@ class Call(NamedTuple):
     caches: list[LayerCache] | None
     block: slice | Tensor
 
+    def block_rows(self, hidden: Tensor, copies: int = 1) -> Tensor:
+        """The blocks' rows of what the call computed; ``copies``: rows of ``hidden`` for each of the call's."""
+        if isinstance(self.block, slice):
+            return hidden[:, self.block]
+        at = self.block if copies == 1 else self.block.repeat_interleave(copies, 0)
+        return hidden.gather(1, at.expand(-1, -1, hidden.shape[-1]))
+
+
+def additive(unseen: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [B, K] as what is added to scores, [B, 1, 1, K]: every layer would make that of a bool mask again."""
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None, None, :]
+
 
 class Forward:
     """Runs the transformer over some sequences of a `DecodeState`.
@@ -95,10 +107,7 @@ class Forward:
             tokens = torch.stack((tokens, tokens.masked_fill(call.prompt, self.model.mask_id)), dim=1).flatten(0, 1)
         hidden = self.model.hidden_states(tokens, call.rope, call.key_mask, call.caches, self.joined)
 
-        if isinstance(call.block, slice):
-            hidden = hidden[:, call.block]
-        else:
-            hidden = hidden.gather(1, call.block.expand(-1, -1, hidden.shape[-1]))
+        hidden = call.block_rows(hidden)
         if call.prompt is not None:
             conditional, unconditional = hidden.float().unflatten(0, (-1, 2)).unbind(1)
             hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
@@ -138,10 +147,7 @@ class Forward:
         key_mask = None
         if low < max(padding) or min(ends) < longest:
             every = torch.arange(low, longest, device=device)
-            hidden_keys = ((every < pad) | (every >= end))[:, None, None, :]
-            # added to the scores: every layer would make this of a bool mask again
-            key_mask = torch.zeros(hidden_keys.shape, dtype=self.model.dtype, device=device)
-            key_mask.masked_fill_(hidden_keys, -torch.inf)
+            key_mask = additive((every < pad) | (every >= end), self.model.dtype)
         prompt = None
         if ways == 2:
             prompt = at < state.prompt_length

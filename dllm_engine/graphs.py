@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_engine import ops
 from dllm_engine.attention import block_attention_available
 from dllm_engine.buffers import Buffers
-from dllm_engine.forward import Forward
+from dllm_engine.forward import Forward, additive
 from dllm_engine.kv_cache import LayerCache
 from dllm_engine.options import Options
 from dllm_engine.rules import Rule
@@ -127,9 +127,7 @@ class BlockCalls:
         if self.by_kernel:
             seen = padding[:, 0], end[:, 0]
         else:
-            unseen = (self.every < padding) | (self.every >= end)
-            seen = torch.zeros(unseen.shape, dtype=model.dtype, device=unseen.device)
-            seen = seen.masked_fill_(unseen, -torch.inf)[:, None, None, :]
+            seen = additive((self.every < padding) | (self.every >= end), model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
         hidden = model.hidden_states(tokens, rope, seen, caches, self.forward.joined)
         ops.decode_step_(

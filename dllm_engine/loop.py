@@ -96,9 +96,7 @@ class Loop:
     def _call(self, joining: list[int], ahead: list[int], *, refresh: bool) -> None:
         """One model call of any kind and its commit; ends are predicted for ``ahead``."""
         where, state, model, reach = self.where, self.state, self.model, self.reach
-        starts, ends = [where[b][0] for b in joining], [where[b][1] for b in joining]
-        width = min(reach, max(end - start for start, end in zip(starts, ends, strict=True)))
-
+        starts, ends, width = self._extent(joining)
         rows = max(ends) - min(starts) if ahead else width
         sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
         hidden, beyond = hidden[:, :width], hidden[:, reach:]
@@ -129,12 +127,16 @@ class Loop:
 
     def _verify(self, joining: list[int]) -> None:
         """One model call of all drafts of sequences, and the rule's steps as far as drafts hold."""
-        starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
-        width = min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
+        starts, ends, width = self._extent(joining)
         call = self.forward.planned(joining, starts, ends, refresh=False, width=width)
         policy: Any = self.policy
         most = [self._until_due(b) for b in joining]
         drafts.verify_(self.forward, policy, call, width, most, end_ids=self.stopping_ids, scoring=self.scoring)
+
+    def _extent(self, joining: list[int]) -> tuple[list[int], list[int], int]:
+        """Block starts and ends of text of the sequences, and the rows that the longest of their blocks has."""
+        starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
+        return starts, ends, min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
 
     def _until_due(self, b: int) -> int:
         """Steps that a sequence may make, one at least, before it needs a refresh: at most as many as drafts."""
