@@ -59,17 +59,23 @@ def rules(filters: dict[str, Path]) -> dict[str, list[str]]:
 
 
 def decode_all(
-    model: LLaDA, samples: Sequence[tasks.Sample], settings: list[Setting], keep: Path, batch_size: int, what: str
+    model: LLaDA, samples: Sequence[tasks.Sample], settings: Sequence[Setting], keep: Path, batch_size: int, what: str
 ) -> dict[Setting, list[Row]]:
+    """Rows of every setting; what was kept in ``keep`` is not decoded again."""
     labels = {setting: setting.policy_text.replace("/", "-") for setting in settings}
     kept = KeptRows(keep, model, samples, labels, batch_size=batch_size, chat=True)
-    with tqdm(total=len(settings) * -(-len(samples) // batch_size), desc=what, unit="batch", disable=None) as bar:
+    finished = sum(-(-len(rows) // batch_size) for rows in kept.rows.values())
+    total = len(settings) * -(-len(samples) // batch_size)
+    with tqdm(total=total, initial=finished, desc=what, unit="batch", disable=None) as bar:
 
         def on_batch(setting: Setting, rows: list[Row]) -> None:
             kept.add(setting, rows)
             bar.update()
 
-        rows = run_all(model, samples, settings, batch_size=batch_size, chat=True, done=kept.rows, on_batch=on_batch)
+        rows = run_all(
+            model, samples, settings, batch_size=batch_size, chat=True, done=kept.rows, on_batch=on_batch,
+            on_turn=lambda setting: bar.set_description(f"{what}: {setting.policy_text}, {setting.cache}"),
+        )  # fmt: skip
     return dict(zip(settings, rows, strict=True))
 
 

@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, provenance
+from learn2pd import decode_all
 from policies_picture import draw
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from dllm_engine import LLaDA, policies, tasks
-from dllm_engine.cli_eval_rows import KeptRows
 from dllm_engine.cli_plot import pyplot
 from dllm_engine.demo import DEMO_MODEL, trained_tasks
-from dllm_engine.evaluate import Row, Setting, paired_loss, run_all, summary
+from dllm_engine.evaluate import Row, Setting, paired_loss, summary
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.samples import canvas_for
 from dllm_engine.tasks.sums import score_working
@@ -79,25 +78,6 @@ def questions(model: LLaDA, count: int, seed: int) -> list[tasks.Sample]:
     names = [*trained_tasks(model), *NOT_TRAINED]
     rngs = {name: random.Random(f"{seed} {name}") for name in names}
     return [tasks.generate(name, rngs[name], longest=10) for name in names for _ in range(count)]
-
-
-def decode_all(
-    model: LLaDA, samples: Sequence[tasks.Sample], chosen: Sequence[Setting], keep: Path, batch_size: int
-) -> list[list[Row]]:
-    labels = {setting: setting.policy_text.replace("/", "-") for setting in chosen}
-    kept = KeptRows(keep, model, samples, labels, batch_size=batch_size, chat=True)
-    finished = sum(-(-len(rows) // batch_size) for rows in kept.rows.values())
-    total = len(chosen) * -(-len(samples) // batch_size)
-    with tqdm(total=total, initial=finished, unit="batch", disable=None) as bar:
-
-        def on_batch(setting: Setting, rows: list[Row]) -> None:
-            kept.add(setting, rows)
-            bar.update()
-
-        return run_all(
-            model, samples, chosen, batch_size=batch_size, chat=True, done=kept.rows, on_batch=on_batch,
-            on_turn=lambda setting: bar.set_description(f"{setting.policy_text}, {setting.cache}"),
-        )  # fmt: skip
 
 
 def by_task(rows: Sequence[Row], samples: Sequence[tasks.Sample]) -> dict[str, list[Row]]:
@@ -235,7 +215,8 @@ def main() -> None:
     model = LLaDA.from_pretrained(DEMO_MODEL, device="cpu", dtype="float32")
     samples = questions(model, args.prompts, args.seed)
     chosen = settings(args.rules, canvas_for(model, samples))
-    decoded = [by_task(rows, samples) for rows in decode_all(model, samples, chosen, args.keep, args.batch_size)]
+    rows = decode_all(model, samples, chosen, args.keep, args.batch_size, "report")
+    decoded = [by_task(own, samples) for own in rows.values()]
     records = [record(setting, own, decoded[0]) for setting, own in zip(chosen, decoded, strict=True)]
     about = provenance(model.device) | {"seed": args.seed, "batch_size": args.batch_size}
     partial = args.dry_run or set(args.rules) != set(policies.names())  # the page shows whole reports only
