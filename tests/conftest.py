@@ -32,6 +32,13 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     return raw | sizes | ids | changes
 
 
+def ending_model(seed: int = 5, **changes: Any) -> LLaDA:
+    """A `tiny_model` with an end id that comes up now and then."""
+    model = tiny_model(seed, **changes)
+    model.lm_head[1] = model.lm_head[40] * 1.3
+    return model
+
+
 def tiny_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> LLaDA:
     """A random model in memory whose predictions are peaked enough that rounding decides nothing."""
     model = LLaDA(LLaDAConfig.from_dict(tiny_config(**changes)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ending_model, tiny_model
 from torch import Tensor
 
 from dllm_engine import LearnedFilter, LLaDA, decode
@@ -34,9 +34,7 @@ POLICIES = _policies()
 @pytest.fixture(scope="module")
 def model() -> LLaDA:
     """Random, in float32, with end ids that come up now and then."""
-    made = tiny_model(seed=5)
-    made.lm_head[1] = made.lm_head[40] * 1.3
-    return made
+    return ending_model()
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -134,8 +132,7 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 def test_end_of_text_stops_early_and_keeps_what_comes_before(model: LLaDA) -> None:
-    eager_to_end = tiny_model(seed=5)
-    eager_to_end.lm_head[1] = eager_to_end.lm_head[40] * 1.3
+    eager_to_end = ending_model()
     for cache in ("none", "prefix", "dual"):
         common = {"gen_length": 64, "block_length": 8, "policy": Threshold(0.6), "cache": cache}
         out = decode(eager_to_end, PROMPTS, end_of_text="committed", **common)

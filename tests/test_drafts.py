@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ending_model
 
 from dllm_engine import LearnedFilter, LLaDA, decode
 from dllm_engine.policies import Factor, FreeDave, Learn2PD, LocalLeap, Margin, Policy, Random, Threshold, TopK
@@ -16,13 +16,6 @@ from dllm_engine.policies import Factor, FreeDave, Learn2PD, LocalLeap, Margin, 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
 CACHES = ["none", "prefix", "dual", "dual/3", "dual/never"]
-
-
-def random_model() -> LLaDA:
-    """Sure of little, ends now and then."""
-    model = tiny_model(seed=5)
-    model.lm_head[1] = model.lm_head[40] * 1.3
-    return model
 
 
 def drafted() -> dict[str, tuple[Policy, int | None]]:
@@ -42,7 +35,7 @@ ENDS = itertools.cycle(["off", "committed", "predicted", "committed"])
     [(n, c, next(ENDS), d) for (n, c), d in zip(itertools.product(drafted(), CACHES), itertools.cycle([2, 4, 8]))],
 )
 def test_drafts_change_no_token(name: str, cache: str, ends: str, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (rule, steps) = random_model(), drafted()[name]
+    model, (rule, steps) = ending_model(), drafted()[name]
     settings: dict[str, Any] = {
         "gen_length": 24,
         "block_length": 8,
@@ -81,8 +74,7 @@ def test_drafts_save_passes(demo_model: LLaDA, cache: str) -> None:
 @pytest.mark.parametrize("seed", [32, 38])
 def test_drafts_end_where_the_text_does(seed: int) -> None:
     """An end of the text in a block's last column leaves the canvas that was drafted, but hides what is behind it."""
-    model = tiny_model(seed=seed)
-    model.lm_head[1] = model.lm_head[40] * 1.3
+    model = ending_model(seed=seed)
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "cache": "none", "end_of_text": "committed"}
     plain, drafted = (decode(model, [*PROMPTS[:3], [9, 8, 7]], policy=p, **settings) for p in (TopK(), FreeDave(4)))
     assert torch.equal(drafted.sequences, plain.sequences)

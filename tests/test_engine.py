@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ending_model, tiny_model
 from torch import Tensor
 
 from dllm_engine import Engine, Generated, LearnedFilter, LLaDA, buffers, decode
@@ -28,9 +28,7 @@ SHORT: dict[str, Any] = {"gen_length": 16, "block_length": 8}
 @pytest.fixture(scope="module")
 def model() -> LLaDA:
     """Random, in float32, with end ids that come up now and then."""
-    made = tiny_model(seed=5)
-    made.lm_head[1] = made.lm_head[40] * 1.3
-    return made
+    return ending_model()
 
 
 def some_prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
@@ -518,8 +516,7 @@ def test_progress_bar(model: LLaDA, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_prompts() -> None:
-    model = tiny_model(seed=5)
-    model.lm_head[1] = model.lm_head[40] * 1.3
+    model = ending_model()
     prompts = some_prompts(10_000, longest=20, seed=9)
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": Threshold(0.5)}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ending_model
 
 from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
 from dllm_engine.graphs import BlockCalls, Kept
@@ -23,9 +23,7 @@ LEARNED = LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=Tru
 @pytest.fixture
 def model() -> LLaDA:
     """Random, in float32, with end ids that come up now and then."""
-    made = tiny_model(seed=5, n_kv_heads=2)
-    made.lm_head[1] = made.lm_head[40] * 1.3
-    return made
+    return ending_model(n_kv_heads=2)
 
 
 class Fake:
@@ -192,8 +190,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def test_the_kernel_of_block_attention_gives_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole call as on a GPU: the attention kernel reads its bounds from the state, the Triton step commits."""
     sizes = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}  # heads of 16, the kernel's least
-    model = tiny_model(seed=5, **sizes)
-    model.lm_head[1] = model.lm_head[40] * 1.3
+    model = ending_model(**sizes)
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
     seen: list[Any] = []
     hidden_states = LLaDA.hidden_states

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ending_model, tiny_model
 
 from dllm_engine import Engine, LLaDA, cli_eval, decode, policies
 from dllm_engine.policies import (
@@ -55,13 +55,6 @@ def test_every_rule_runs_to_the_end(demo_model: LLaDA, prompts: list[list[int]],
 
 
 RANDOM_PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]
-
-
-def ending_model() -> LLaDA:
-    """Random, with end ids that come up now and then."""
-    model = tiny_model(seed=5)
-    model.lm_head[1] = model.lm_head[40] * 1.3
-    return model
 
 
 WIDE: dict[str, Policy] = {
