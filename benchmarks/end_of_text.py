@@ -45,6 +45,10 @@ class Watched(Policy):
     def reads_decided(self) -> bool:  # type: ignore[override]
         return self._policy.reads_decided
 
+    @property
+    def ends_wait(self) -> bool:  # type: ignore[override]
+        return self._policy.ends_wait
+
     def default_steps(self, gen_length: int) -> int | None:
         return self._policy.default_steps(gen_length)
 

@@ -120,7 +120,7 @@ class Bare:
         native.decode_step_(
             hidden, self.model.lm_head, self.sequences, state.tokens, state.undecided, state.predicted, state.progress,
             state.seeds, state.quota, self.rule.bounds, self.rule.weights, self.ids, self.values, self.banned,
-            self.none32, self.none64, step,
+            self.none32, self.none64, self.none64, step,
         )  # fmt: skip
         return state.progress.tolist()
 

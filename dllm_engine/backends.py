@@ -82,6 +82,7 @@ def _eager_step_(
     banned_ids: Tensor,
     excluded_ids: Tensor,
     end_ids: Tensor,
+    waiting_ids: Tensor,
     step: Step,
 ) -> None:
     stats = reference.decode_step_(
@@ -102,6 +103,7 @@ def _eager_step_(
         banned_ids=banned_ids,
         excluded_ids=excluded_ids,
         end_ids=end_ids if len(end_ids) else None,
+        waiting_ids=waiting_ids if len(waiting_ids) else None,
         temperature=step.temperature,
     )
     torch.stack((stats.token, stats.second_token), out=stat_ids)

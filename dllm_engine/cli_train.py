@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     traces.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
     traces.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
     traces.add_argument("--end-of-text", default="auto", metavar="NAME", help="auto, off, committed or predicted")
+    traces.add_argument(
+        "--ends-wait",
+        action=argparse.BooleanOptionalAction,
+        help="an end token is committed only if nothing before it is undecided, so that end of text changes no answer"
+        " (default: for kind position; the published rule does not)",
+    )
     traces.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at once (%(default)s)")
     traces.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
 
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
     if len(prompts) < 10:
         raise ValueError(f"--prompts: {len(prompts)} given; at least 10 are needed, thousands are better")
+    ends_wait = args.ends_wait if args.ends_wait is not None else args.kind == "position"
     data = traces.collect(
         model,
         prompts,
@@ -92,11 +99,12 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         block_length=args.block_length,
         cache=args.cache,
         end_of_text=args.end_of_text,
+        ends_wait=ends_wait,
         batch_size=args.batch_size,
         backend=args.backend,
     )
     learned, found = train_filter.train(data, kind=args.kind, risk=args.risk, epochs=args.epochs, seed=args.seed)
-    learned.ids, learned.cache = model_ids(model), args.cache
+    learned.ids, learned.cache, learned.ends_wait = model_ids(model), args.cache, ends_wait
     index = json.loads((args.output / "traces" / traces.INDEX_FILE).read_text(encoding="utf-8"))
     learned.about = {
         "model": str(model.path and model.path.name), "traces": index, "risk": args.risk, "seed": args.seed,

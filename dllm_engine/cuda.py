@@ -97,6 +97,7 @@ def decode_step_(
     banned_ids: Tensor,
     excluded_ids: Tensor,
     end_ids: Tensor,
+    waiting_ids: Tensor,
     step: Step,
 ) -> None:
     """Score, decide and commit in one launch; `ops.decode_step_` describes the arguments."""
@@ -110,7 +111,7 @@ def decode_step_(
             (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
             dim,
             lm_head.shape[0],
-            *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids)),
+            *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids, waiting_ids)),
             step.temperature,
             batch,
             width,

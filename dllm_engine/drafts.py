@@ -102,13 +102,14 @@ def verify_(
     here, limit = torch.arange(batch, device=rows.device), torch.tensor(most, device=rows.device)
     at, last = torch.zeros_like(here), torch.zeros_like(here)
     going = torch.ones_like(here, dtype=torch.bool)
+    waiting = state.end_ids if policy.ends_wait else None
     later = torch.arange(count, device=rows.device)
     for made in range(1, max(most) + 1):
         start, end = state.block_start[sequences], state.active_end[sequences]
         own = state.block(sequences, width)
         found = RowStats(*(field.unflatten(0, (batch, count))[here, at] for field in stats.fields()))
         decisions = policy.score(found, own), policy.select(found, own), policy.tokens(found, own)
-        commit_(state, own, found, *decisions, end_ids=end_ids, only=going)
+        commit_(state, own, found, *decisions, end_ids=end_ids, only=going, waiting_ids=waiting)
         last = torch.where(going, at, last)
         open_, held = state.undecided[rows, columns][:, None], state.tokens[rows, columns][:, None]
         same = ((open_ == undecided) & (open_ | (held == tokens))).all(2) & (later > at[:, None])

@@ -38,6 +38,7 @@ class LearnedFilter(nn.Module):
         confidence_of_decided: what decided positions feed a ``"block"`` filter: the ``"model"``'s confidence (as
             published) or ``"one"``. A ``"position"`` filter counts them as certain.
         threshold: operating point stored with the filter, or None.
+        ends_wait: whether end ids waited in its training traces, see `policies.Policy`.
         ids: mask id, end ids and vocabulary size of the model it was trained on; empty if unknown.
         cache: cache mode of its training traces, or None.
         about: further facts stored in the file, JSON values: training data, validation figures.
@@ -51,6 +52,7 @@ class LearnedFilter(nn.Module):
         hidden: int = HIDDEN,
         confidence_of_decided: str = "model",
         threshold: float | None = None,
+        ends_wait: bool = False,
         ids: dict[str, Any] | None = None,
         cache: str | None = None,
         about: dict[str, Any] | None = None,
@@ -67,6 +69,7 @@ class LearnedFilter(nn.Module):
         self.linear1 = nn.Linear(width, middle)
         self.linear2 = nn.Linear(middle, out)
         self.kind, self.block_length, self.threshold = kind, block_length, threshold
+        self.ends_wait = ends_wait
         self.confidence_of_decided = confidence_of_decided
         self.ids, self.cache, self.about, self.forced = dict(ids or {}), cache, dict(about or {}), forced
 
@@ -117,6 +120,7 @@ class LearnedFilter(nn.Module):
             "block_length": self.block_length,
             "confidence_of_decided": self.confidence_of_decided,
             "threshold": self.threshold,
+            "ends_wait": self.ends_wait,
             "ids": self.ids,
             "cache": self.cache,
             "about": self.about,
@@ -157,6 +161,7 @@ class LearnedFilter(nn.Module):
             hidden=size,
             confidence_of_decided=about.get("confidence_of_decided", "model"),
             threshold=about.get("threshold"),
+            ends_wait=about.get("ends_wait", False),
             ids=about.get("ids"),
             cache=about.get("cache"),
             about=about.get("about"),

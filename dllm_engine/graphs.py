@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class BlockCalls:
         # a later decode with other bounds or another filter of that size replays the same graph
         bounds = buffers.take("bounds", rule.bounds.shape, torch.float32).copy_(rule.bounds)
         weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
-        self.sequences, self.rule = sequences, Rule(bounds, weights, rule.cut, rule.decided_is_one, rule.position)
+        self.sequences, self.rule = sequences, replace(rule, bounds=bounds, weights=weights)
         self.offsets = torch.arange(self.state.block_length, device=device)
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
@@ -62,7 +63,7 @@ class BlockCalls:
         ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
         self.key = (
             self.state.batch, self.state.prompt_length, length, self.state.block_length,
-            rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position,
+            rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position, rule.ends_wait,
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
             tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
@@ -107,7 +108,7 @@ class BlockCalls:
     def _tensors(self) -> list[Any]:
         """What a graph reads beside buffers and weights; not this object, which holds the model."""
         own = [self.offsets, self.every, self.idle, self.rows, self.end_ids, self.model._rope, self.forward.joined]
-        return [*own, *self.scoring.values()]
+        return [*own, self.state.end_ids, *self.scoring.values()]
 
     def _call(self, count: int) -> None:
         model, state, length = self.model, self.state, self.state.length

@@ -27,8 +27,8 @@ _LIBRARY.define(
     "decode_step_(Tensor hidden, Tensor lm_head, Tensor sequences, Tensor(a!) tokens, Tensor(b!) undecided,"
     " Tensor(c!) predicted, Tensor(d!) progress, Tensor seeds, Tensor quota, Tensor bounds, Tensor weights,"
     " Tensor(e!) stat_ids, Tensor(f!) stat_values, Tensor banned_ids, Tensor excluded_ids, Tensor end_ids,"
-    " int prompt_length, int fill_id, float temperature, int filter_length, float cut, bool decided_is_one,"
-    " bool position, bool all_rows, str backend) -> ()"
+    " Tensor waiting_ids, int prompt_length, int fill_id, float temperature, int filter_length, float cut,"
+    " bool decided_is_one, bool position, bool all_rows, str backend) -> ()"
 )
 
 
@@ -154,6 +154,7 @@ def decode_step_(
         _ids(banned_ids, "banned_ids", lm_head),
         _ids(excluded_ids, "excluded_ids", lm_head),
         end_ids.contiguous(),
+        state.end_ids if rule.ends_wait else state.end_ids[:0],
         state.prompt_length,
         state.fill_id,
         float(temperature),
@@ -284,7 +285,7 @@ def _run_decode_step_(*arguments: Any) -> None:
 
 
 def _decode_step_(*arguments: Any) -> None:
-    tensors, numbers, backend = arguments[:16], arguments[16:-1], arguments[-1]
+    tensors, numbers, backend = arguments[:17], arguments[17:-1], arguments[-1]
     backends.BACKENDS[backend].decode_step_(*tensors, Step(*numbers))
 
 

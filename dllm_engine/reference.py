@@ -169,6 +169,7 @@ def decode_step_(
     banned_ids: Sequence[int] | Tensor = (),
     excluded_ids: Sequence[int] | Tensor = (),
     end_ids: Tensor | None = None,
+    waiting_ids: Tensor | None = None,
     temperature: float = 0.0,
 ) -> RowStats:
     """Score a block's rows, decide by ``rule``, commit. hidden: [B', S, D] of ``sequences`` [B']. Stats are [B', S]."""
@@ -183,7 +184,8 @@ def decode_step_(
         temperature=temperature,
         noise_keys=block.noise_keys.flatten(0, 1),
     ).reshape(batch, width)
-    commit_(state, block, stats, stats.log_odds, rules.select(rule, stats, block), stats.token, end_ids=end_ids)
+    selected = rules.select(rule, stats, block)
+    commit_(state, block, stats, stats.log_odds, selected, stats.token, end_ids=end_ids, waiting_ids=waiting_ids)
     return stats
 
 
@@ -191,6 +193,11 @@ def _marked(ids: Sequence[int] | Tensor, lm_head: Tensor) -> Tensor:
     """bool [V], True at ``ids``."""
     index = torch.as_tensor(ids, dtype=torch.int64, device=lm_head.device)
     return torch.zeros(len(lm_head), dtype=torch.bool, device=lm_head.device).index_fill(0, index, True)
+
+
+def _behind(mask: Tensor) -> Tensor:
+    """Columns with a True one of ``mask`` [B, S] to their left."""
+    return mask.cumsum(1) > mask.long()
 
 
 def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,6 +224,7 @@ def commit_(
     stays: Tensor | None = None,
     lengths: Tensor | None = None,
     only: Tensor | None = None,
+    waiting_ids: Tensor | None = None,
 ) -> None:
     """Write the step's tokens and move every sequence on; ``state`` is changed in place.
 
@@ -233,6 +241,8 @@ def commit_(
         lengths: int64 [B'], of their blocks, 1 to S, behind which nothing is committed; by default the block length of
             the decode, and then all that the rule sees may be.
         only: bool [B'], the sequences that take part; the others are left as they are.
+        waiting_ids: int64 [E], ids that are committed only where nothing before them stays undecided (the model's end
+            ids, if the policy has them wait). Those behind an undecided position that is not selected do not rank.
     """
     undecided, sequences, rows, columns = block.undecided, block.sequences, block.sequences[:, None], block.columns
     open_ = undecided
@@ -240,8 +250,11 @@ def commit_(
         lengths = lengths.clamp(1, columns.shape[1])
         open_ = undecided & (torch.arange(columns.shape[1], device=columns.device) < lengths[:, None])
     failed = open_ & ((stats.token < 0) | score.isnan())
-    rank = ranking(score, open_).argsort(dim=1)
-    chosen = open_ & (selected | (rank < block.quota[:, None])) & ~failed
+    waits = torch.zeros_like(open_) if waiting_ids is None else torch.isin(tokens, waiting_ids)
+    ranked = open_ & ~(waits & _behind(open_ & ~selected))
+    rank = ranking(score, ranked).argsort(dim=1)
+    chosen = open_ & (selected | (ranked & (rank < block.quota[:, None])))
+    chosen &= ~(waits & _behind(open_ & ~chosen)) & ~failed
     written = chosen if edited is None else chosen | (edited & block.active & ~undecided)
     if only is not None:
         failed, chosen, written = (mask & only[:, None] for mask in (failed, chosen, written))

@@ -6,7 +6,7 @@ and two libraries' sigmoids differ in the last place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +36,7 @@ class Rule:
             float64). The published kind takes a block's confidences: [2 F² + 2 F].
         decided_is_one: feed the published kind 1.0 for decided positions, not their confidence.
         position: the filter is the same at every position and takes `features.NAMES`: [(F + 2) units + 1].
+        ends_wait: see `Policy.ends_wait`.
     """
 
     bounds: Tensor
@@ -43,6 +44,7 @@ class Rule:
     cut: float = _INF
     decided_is_one: bool = False
     position: bool = False
+    ends_wait: bool = False
 
     @property
     def filter_length(self) -> int:
@@ -63,7 +65,7 @@ class Rule:
         return len(self.weights) > 0 and not self.decided_is_one and not self.position
 
     def to(self, device: torch.device) -> Rule:
-        return Rule(self.bounds.to(device), self.weights.to(device), self.cut, self.decided_is_one, self.position)
+        return replace(self, bounds=self.bounds.to(device), weights=self.weights.to(device))
 
 
 class Step(NamedTuple):

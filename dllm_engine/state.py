@@ -101,10 +101,10 @@ class DecodeState:
         self.with_idle = self.of(
             rows[0], rows[1], rows[2], rows[3], rows[4], quota, prompt_length=self.prompt_length, fill_id=fill_id
         )
-        self.with_idle.padding = rows[5]
         self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.padding = (t[:batch] for t in rows)
         self.quota = quota
         self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
+        self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
         self.padding.copy_(padding)
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
         self._begin(slice(None), prompt)

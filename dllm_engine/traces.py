@@ -39,13 +39,15 @@ class Recorder(Oracle):
     Args:
         answer: int64 [B, gen_length], see `Oracle`.
         caution: confidence under which nothing is committed beyond one position a step; 0 is the oracle.
+        ends_wait: see `Policy`.
     """
 
     name = "recorder"
     reads_decided = True  # the published filter sees the confidences of decided positions
 
-    def __init__(self, answer: Tensor, block_length: int, caution: float) -> None:
+    def __init__(self, answer: Tensor, block_length: int, caution: float, ends_wait: bool = False) -> None:
         super().__init__(answer)
+        self.ends_wait = ends_wait
         self._block_length, self._caution, self._steps = block_length, caution, list[dict[str, Tensor]]()
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
@@ -82,11 +84,15 @@ def collect(
     block_length: int = 32,
     cache: str = "dual",
     end_of_text: str = "committed",
+    ends_wait: bool = True,
     batch_size: int = 32,
     backend: str = "auto",
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Record the traces of ``prompts`` (lists of ids) into ``directory``; what is there already is not made again.
+
+    Args:
+        ends_wait: whether end ids wait in the replays, see `policies.Policy`; others as for `dllm_engine.decode`.
 
     Returns:
         Tensors over all steps: `FIELDS` float32 and `FLAGS` bool [N, block_length], ``prompt`` int64 [N].
@@ -103,8 +109,8 @@ def collect(
         "gen_length": gen_length, "block_length": block_length, "cache": cache, "end_of_text": end_of_text,
         "batch_size": batch_size,
     }  # fmt: skip
-    index = {"format": "dllm-engine traces 3", "caution": list(CAUTION), "settings": settings, "prompts": len(prompts)}
-    index |= {"prompts_sha256": _digest(prompts), "model_sha256": fingerprint(model)}
+    index = {"format": "dllm-engine traces 4", "caution": list(CAUTION), "ends_wait": ends_wait, "settings": settings}
+    index |= {"prompts": len(prompts), "prompts_sha256": _digest(prompts), "model_sha256": fingerprint(model)}
     _claim(folder / INDEX_FILE, index)
     shards = []
     for first in tqdm(range(0, len(prompts), batch_size), desc="traces", unit="batch", disable=not progress or None):
@@ -116,7 +122,7 @@ def collect(
             answer = decode(model, batch, policy="topk", **options).sequences[:, -gen_length:]
             replays = []
             for caution in CAUTION:
-                recorder = Recorder(answer, block_length, caution)
+                recorder = Recorder(answer, block_length, caution, ends_wait)
                 decode(model, batch, policy=recorder, **options)
                 replays.append(recorder.steps())
             steps = {name: torch.cat([replay[name] for replay in replays]) for name in replays[0]}

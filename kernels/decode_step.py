@@ -275,6 +275,7 @@ def decode_step_(
     banned_ids: Tensor,
     excluded_ids: Tensor,
     end_ids: Tensor,
+    waiting_ids: Tensor,
     step: Step,
 ) -> None:
     """Score, decide and commit; `ops.decode_step_` describes the arguments."""
@@ -288,8 +289,8 @@ def decode_step_(
     )  # fmt: skip
     finish_step[(batch,)](
         *parts, stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights,
-        end_ids, count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id,
-        step.cut, len(end_ids),
+        end_ids, waiting_ids, count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota),
+        step.fill_id, step.cut, len(end_ids), len(waiting_ids),
         ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
         FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=4,
         CHUNK=32, num_warps=8,

@@ -84,6 +84,40 @@ def _merge_rows(floats, ints, out_ids, out_values, r, live, count, segments, SEG
 
 
 @triton.jit
+def _among(token, ids, count):
+    """bool like ``token``: which of them are one of ``count`` ids."""
+    found = token < -1
+    for e in range(count):
+        found = found | (token == tl.load(ids + e))
+    return found
+
+
+@triton.jit
+def _before(
+    odds, token, undecided, score, i, width, after, waiting_ids, waiting_count, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """How many undecided positions right of ``after`` rank before each; only those with a waiting id, if there are."""
+    count = tl.zeros([WIDTH], tl.int32)
+    for first in range(0, width, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        there = (j > after) & (j < width)
+        there = there & (tl.load(undecided + j, mask=there, other=0) != 0)
+        if waiting_count > 0:
+            there = there & _among(tl.load(token + j, mask=there, other=-1), waiting_ids, waiting_count)
+        other = ranked(tl.load(odds + j, mask=there, other=NEG_INF))
+        before = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < i[:, None]))
+        count += tl.sum((before & there[None, :]).to(tl.int32), 1)
+    return count
+
+
+@triton.jit
+def ranked(odds):
+    """An undecided score of -inf or NaN still ranks before every decided position."""
+    least = -3.4028234663852886e38
+    return tl.where(odds >= least, odds, least)
+
+
+@triton.jit
 def finish_rows(floats, ints, out_ids, out_values, count, segments, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _merge_rows(floats, ints, out_ids, out_values, r, r < count, count, segments, SEGMENTS)
@@ -92,7 +126,8 @@ def finish_rows(floats, ints, out_ids, out_values, count, segments, SEGMENTS: tl
 @triton.jit
 def finish_step(
     floats, ints, out_ids, out_values, sequences, tokens, undecided, predicted, progress, quota, bounds, weights,
-    end_ids, count, segments, width, length, prompt_length, block_length, fill_id, cut, end_count,
+    end_ids, waiting_ids, count, segments, width, length, prompt_length, block_length, fill_id, cut, end_count,
+    waiting_count,
     ALL_ROWS: tl.constexpr, DECIDED_IS_ONE: tl.constexpr, POSITION: tl.constexpr, FILTER: tl.constexpr,
     FILTER_PAD: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -120,20 +155,13 @@ def finish_step(
     failed = open_ & ((token < 0) | (odds != odds))
     failed_at = tl.min(tl.where(failed, start + i, length), 0)
 
-    least = -3.4028234663852886e38  # an undecided score of -inf still ranks before every decided position
-    score = tl.where(odds >= least, odds, least)
-    rank = tl.zeros([WIDTH], tl.int32)
-    for first in range(0, width, CHUNK):
-        j = first + tl.arange(0, CHUNK)
-        there = (j < width) & (tl.load(undecided + start + j, mask=j < width, other=0) != 0)
-        other = tl.load(out_values + 3 * count + call_row * width + j, mask=there, other=NEG_INF)
-        other = tl.where(other >= least, other, least)
-        before = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < i[:, None]))
-        rank += tl.sum((before & there[None, :]).to(tl.int32), 1)
-    chosen = open_ & (rank < tl.load(quota + step_in_block))
+    score = ranked(odds)
+    row_odds = out_values + 3 * count + call_row * width
+    row_ids = out_ids + call_row * width
+    rank = _before(row_odds, row_ids, undecided + start, score, i, width, -1, waiting_ids, 0, WIDTH, CHUNK)
     if FILTER == 0:
         bound = tl.load(bounds + rank, mask=open_, other=float("inf"))
-        chosen = chosen | (open_ & (rank < tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0)))
+        chosen = open_ & (rank < tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0))
     elif POSITION:
         row = out_values + call_row * width  # logit, second_logit, logsumexp, log_odds, entropy
         stable = token == tl.load(predicted + start + i, mask=open_, other=-1)
@@ -141,7 +169,7 @@ def finish_step(
             row + 3 * count, row, row + count, row + 4 * count, undecided + start, stable, i, open_,
             tl.minimum(old_end - start, width), weights, FILTER, WIDTH, CHUNK,
         )  # fmt: skip
-        chosen = chosen | (open_ & (out > cut))
+        chosen = open_ & (out > cut)
     else:
         f = tl.arange(0, FILTER_PAD)
         seen = (f < FILTER) & (f < width) & (start + f < old_end)
@@ -164,17 +192,26 @@ def finish_step(
         )
         out = tl.sum(w.to(tl.float64) * layer[None, :], 1)
         out += tl.load(second + FILTER * FILTER + i, mask=i < width, other=0.0).to(tl.float64)
-        chosen = chosen | (open_ & (out > cut))
-    chosen = chosen & (failed == 0)
+        chosen = open_ & (out > cut)
+
+    # ids that wait: behind an undecided position that the rule leaves they do not rank, behind one that the quota
+    # leaves too they are not committed
+    waits = _among(token, waiting_ids, waiting_count)
+    left_out = tl.min(tl.where(open_ & (chosen == 0), i, WIDTH), 0)
+    if waiting_count > 0:
+        rank -= _before(
+            row_odds, row_ids, undecided + start, score, i, width, left_out, waiting_ids, waiting_count, WIDTH, CHUNK
+        )
+    ranks = open_ & ((waits == 0) | (i <= left_out))
+    chosen = chosen | (ranks & (rank < tl.load(quota + step_in_block)))
+    gap = tl.min(tl.where(open_ & (chosen == 0), i, WIDTH), 0)
+    chosen = chosen & ((waits == 0) | (i <= gap)) & (failed == 0)
     tl.debug_barrier()  # everyone has read `undecided` and `predicted`
 
     tl.store(tokens + start + i, token, mask=chosen)
     tl.store(undecided + start + i, 0, mask=chosen)
     tl.store(predicted + start + i, token, mask=open_)
-    ended = i < 0
-    for e in range(end_count):
-        ended = ended | (token == tl.load(end_ids + e))
-    end = tl.min(tl.where(chosen & ended, start + i + 1, old_end), 0)
+    end = tl.min(tl.where(chosen & _among(token, end_ids, end_count), start + i + 1, old_end), 0)
     tl.debug_barrier()
     for first in range(end, old_end, CHUNK):
         c = first + tl.arange(0, CHUNK)

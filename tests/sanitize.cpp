@@ -139,7 +139,7 @@ int main() {
                                  nullptr, nullptr};
         const StepArgs step{batch, width, sequences.get(), length, prompt, width, 1, tokens.get(), undecided.get(),
                             predicted.get(), progress.get(), seeds.get(), quota.get(), bounds.get(), weights.get(), filter, 0.5,
-                            round % 2, filter > 0 && position, filter > 0 && !position && round % 2 == 0, ends.get(), round % 4 ? 1 : 0,
+                            round % 2, filter > 0 && position, filter > 0 && !position && round % 2 == 0, ends.get(), round % 4 ? 1 : 0, ends.get(), round % 5 < 3 ? 1 : 0,
                             ids.get(), values.get(), values.get() + count, values.get() + 3 * count, values.get() + 4 * count};
         const std::size_t size = row_stats_cpu_scratch(dim, vocab, count, 2);
         void* scratch = std::aligned_alloc(64, (size + 63) / 64 * 64);

@@ -40,7 +40,7 @@ void row_stats(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_t 
 // prompt_length, block_length, fill_id; rule: bounds, weights, filter_length, cut; flags: decided_is_one,
 // position, all_rows; ids: address and number.
 void decode_step(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_t vocab, py::tuple banned,
-                 py::tuple excluded, py::tuple end_ids, float temperature, std::int64_t batch, std::int64_t width,
+                 py::tuple excluded, py::tuple end_ids, py::tuple waiting_ids, float temperature, std::int64_t batch, std::int64_t width,
                  std::uintptr_t sequences, py::tuple state, py::tuple sizes, py::tuple rule, py::tuple flags,
                  py::tuple out, int threads, int isa, std::uintptr_t scratch) {
     const auto address = [](const py::tuple& t, int i) { return t[static_cast<std::size_t>(i)].cast<std::uintptr_t>(); };
@@ -58,7 +58,8 @@ void decode_step(py::tuple hidden, py::tuple head, std::int64_t dim, std::int64_
                               at<std::int64_t>(address(state, 3)), at<const std::int64_t>(address(state, 4)),
                               at<const std::int64_t>(address(state, 5)), at<const float>(address(rule, 0)),
                               at<const float>(address(rule, 1)), number(rule, 2), rule[3].cast<double>(), flag(0), flag(1),
-                              flag(2), at<const std::int64_t>(address(end_ids, 0)), number(end_ids, 1), stats.token, stats.logit,
+                              flag(2), at<const std::int64_t>(address(end_ids, 0)), number(end_ids, 1),
+                              at<const std::int64_t>(address(waiting_ids, 0)), number(waiting_ids, 1), stats.token, stats.logit,
                               stats.second_logit, stats.log_odds, stats.entropy};
     bool ran;
     {

@@ -53,7 +53,7 @@ void row_stats(const py::tuple& hidden, const py::tuple& head, std::int64_t hidd
 // prompt_length, block_length, fill_id; rule: bounds, weights, filter_length, cut; flags: decided_is_one,
 // position, all_rows; ids: address and number.
 void decode_step(const py::tuple& hidden, const py::tuple& head, std::int64_t dim, std::int64_t vocab,
-                 const py::tuple& banned, const py::tuple& excluded, const py::tuple& end_ids, float temperature,
+                 const py::tuple& banned, const py::tuple& excluded, const py::tuple& end_ids, const py::tuple& waiting_ids, float temperature,
                  std::int64_t batch, std::int64_t width, std::uintptr_t sequences, const py::tuple& state,
                  const py::tuple& sizes, const py::tuple& rule, const py::tuple& flags, const py::tuple& out,
                  const py::tuple& scratch) {
@@ -70,7 +70,8 @@ void decode_step(const py::tuple& hidden, const py::tuple& head, std::int64_t di
                               address<std::int64_t>(state, 3), address<const std::int64_t>(state, 4),
                               address<const std::int64_t>(state, 5), address<const float>(rule, 0),
                               address<const float>(rule, 1), number(rule, 2), rule[3].cast<double>(), flag(0), flag(1), flag(2),
-                              address<const std::int64_t>(end_ids, 0), number(end_ids, 1), stats.token, stats.logit,
+                              address<const std::int64_t>(end_ids, 0), number(end_ids, 1),
+                              address<const std::int64_t>(waiting_ids, 0), number(waiting_ids, 1), stats.token, stats.logit,
                               stats.second_logit, stats.log_odds, stats.entropy};
     launch("decode_step", stats, stats.count, step, scratch);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | N
     own = (getattr(base, hook) is not getattr(Policy, hook) for hook in ("score", "tokens", *HOOKS))
     decides = policy.drafts > 1 or base.select is not RulePolicy.select or any(own)
     rule = None if decides else policy.rule(block_length, device)
-    return None if rule is None or rule.filter_length > MAX_FILTER else rule
+    return None if rule is None or rule.filter_length > MAX_FILTER else replace(rule, ends_wait=policy.ends_wait)
 
 
 def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:

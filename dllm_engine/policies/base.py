@@ -43,6 +43,10 @@ class Policy:
     )
     greedy = False  # True where a temperature would not mean anything
     drafts = 1  # canvases that a call inside a block computes for each sequence, see `FreeDave.propose`
+    ends_wait = (
+        False  # True where an end id is committed only if nothing before it stays undecided in what a call sees:
+    )
+    # then the text before an end never depends on what is behind it, and end of text "committed" changes no answer
     of_one_batch = False  # True where the rule knows something of each sequence of its batch: not for `generate_many`
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
@@ -117,4 +121,7 @@ def decide_(policy: Policy, state: DecodeState, block: BlockState, stats: RowSta
     lengths = policy.block_lengths(stats, block)
     score, selected, tokens = policy.score(stats, block), policy.select(stats, block), policy.tokens(stats, block)
     edited, stays = policy.edit(stats, block), policy.stay(stats, block)
-    commit_(state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths)
+    commit_(
+        state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths,
+        waiting_ids=state.end_ids if policy.ends_wait else None,
+    )  # fmt: skip

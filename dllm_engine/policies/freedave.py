@@ -42,6 +42,10 @@ class FreeDave(Policy):
     def reads_decided(self) -> bool:  # type: ignore[override]
         return self.rule_.reads_decided
 
+    @property
+    def ends_wait(self) -> bool:  # type: ignore[override]
+        return self.rule_.ends_wait
+
     def default_steps(self, gen_length: int) -> int | None:
         return self.rule_.default_steps(gen_length)
 

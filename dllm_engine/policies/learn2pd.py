@@ -15,15 +15,19 @@ class Learn2PD(RulePolicy):
     Args:
         filter: a `LearnedFilter`, or the path of one.
         threshold: 0 to 1; by default the filter file's own, else 0.96 as published.
+        ends_wait: see `Policy`; by default as the filter was trained (not, if published).
     """
 
     name = "learn2pd"
 
-    def __init__(self, filter: LearnedFilter | str, threshold: float | None = None) -> None:
+    def __init__(
+        self, filter: LearnedFilter | str, threshold: float | None = None, ends_wait: bool | None = None
+    ) -> None:
         self.filter = filter if isinstance(filter, LearnedFilter) else LearnedFilter.from_pretrained(filter)
         if threshold is None:
             threshold = self.filter.threshold if self.filter.threshold is not None else DEFAULT_THRESHOLD
         self.threshold = in_range("threshold", threshold, 0, 1)
+        self.ends_wait = self.filter.ends_wait if ends_wait is None else ends_wait
 
     @property
     def reads_decided(self) -> bool:  # type: ignore[override]

@@ -90,6 +90,18 @@ DLLM_HD float ranked(float score) {
     return score >= least ? score : least;
 }
 
+// Of two undecided positions: the higher log-odds first, of equal ones the lower position.
+DLLM_HD bool ranks_before(const float* odds, std::int64_t i, std::int64_t other) {
+    const float own = ranked(odds[i]), rival = ranked(odds[other]);
+    return own > rival || (own == rival && i < other);
+}
+
+DLLM_HD bool among(std::int64_t id, const std::int64_t* ids, std::int64_t count) {
+    for (std::int64_t e = 0; e < count; ++e)
+        if (id == ids[e]) return true;
+    return false;
+}
+
 template <class Team>
 DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Team& team, CommitScratch& scratch) {
     const std::int64_t b = a.sequences[call_row], width = a.width;
@@ -101,18 +113,14 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
     const std::int64_t* token = a.token + call_row * width;
     const float* odds = a.log_odds + call_row * width;
 
-    // ranks by log-odds, equal ones by position; the largest n of the bounds; the first failure
+    // Ranks by log-odds, equal ones by position; the largest n of the bounds; the first failure. What a filter selects
+    // then ranks -1.
     std::int64_t failed_at = a.length, picked = 0;
     for (std::int64_t i = team.lane; i < width; i += team.lanes) {
         if (!undecided[start + i]) continue;
         if (token[i] < 0 || odds[i] != odds[i]) failed_at = failed_at < start + i ? failed_at : start + i;
-        const float own = ranked(odds[i]);
         std::int32_t rank = 0;
-        for (std::int64_t j = 0; j < width; ++j) {
-            if (!undecided[start + j]) continue;
-            const float other = ranked(odds[j]);
-            rank += other > own || (other == own && j < i);
-        }
+        for (std::int64_t j = 0; j < width; ++j) rank += undecided[start + j] && ranks_before(odds, j, i);
         scratch.rank[i] = rank;
         if (a.filter_length == 0 && odds[i] >= a.bounds[rank] && rank + 1 > picked) picked = rank + 1;
     }
@@ -125,9 +133,8 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
             if (!undecided[start + i]) continue;
             float x[kFeatures];
             position_features(a, call_row * width, b * a.length + start, active, i, x);
-            if (position_filter(a, x) > a.cut) scratch.rank[i] = -1;  // within every quota
+            if (position_filter(a, x) > a.cut) scratch.rank[i] = -1;
         }
-        team.sync();  // a commit changes what other lanes look at
     }
 
     // the published filter: two small layers over the block's confidences, in double so that no order of additions shows
@@ -151,24 +158,49 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
             scratch.layer[i] = sum > 0.0 ? sum : 0.0;
         }
         team.sync();
+        for (std::int64_t i = team.lane; i < width; i += team.lanes) {
+            if (!undecided[start + i]) continue;
+            double sum = b2[i];
+            for (std::int64_t k = 0; k < size; ++k) sum += static_cast<double>(w2[i * size + k]) * scratch.layer[k];
+            if (sum > a.cut) scratch.rank[i] = -1;
+        }
     }
 
+    // ids that wait: behind an undecided position that the rule leaves they do not rank, behind one that the quota
+    // leaves too they are not committed
     const std::int64_t quota = a.quota[progress[kStepInBlock]];
+    std::int64_t left_out = width, gap = width;
+    if (a.waiting_count > 0) {
+        for (std::int64_t i = team.lane; i < width; i += team.lanes)
+            if (undecided[start + i] && scratch.rank[i] >= picked && i < left_out) left_out = i;
+        left_out = team.least(left_out);
+    }
+    const auto waits = [&](std::int64_t i, std::int64_t behind) {
+        return i > behind && among(token[i], a.waiting_ids, a.waiting_count);
+    };
+    for (std::int64_t i = team.lane; i < width; i += team.lanes) {
+        if (!undecided[start + i]) continue;
+        std::int32_t rank = scratch.rank[i];
+        bool chosen = rank < picked;
+        if (!chosen && !waits(i, left_out)) {
+            for (std::int64_t j = left_out + 1; j < width; ++j)
+                rank -= undecided[start + j] && waits(j, left_out) && ranks_before(odds, j, i);
+            chosen = rank < quota;
+        }
+        scratch.rank[i] = chosen ? -1 : 0;
+        if (!chosen && i < gap) gap = i;
+    }
+    if (a.waiting_count > 0) gap = team.least(gap);
+    team.sync();  // a commit changes what other lanes look at
+
     std::int64_t end = old_end;
     for (std::int64_t i = team.lane; i < width; i += team.lanes) {
         if (!undecided[start + i]) continue;
         predicted[start + i] = token[i];
-        bool chosen = scratch.rank[i] < quota || scratch.rank[i] < picked;
-        if (size > 0 && !chosen) {
-            double sum = b2[i];
-            for (std::int64_t k = 0; k < size; ++k) sum += static_cast<double>(w2[i * size + k]) * scratch.layer[k];
-            chosen = sum > a.cut;
-        }
-        if (!chosen || token[i] < 0 || odds[i] != odds[i]) continue;
+        if (scratch.rank[i] >= 0 || waits(i, gap) || token[i] < 0 || odds[i] != odds[i]) continue;
         tokens[start + i] = token[i];
         undecided[start + i] = 0;
-        for (std::int64_t e = 0; e < a.end_count; ++e)
-            if (token[i] == a.end_ids[e] && start + i + 1 < end) end = start + i + 1;
+        if (start + i + 1 < end && among(token[i], a.end_ids, a.end_count)) end = start + i + 1;
     }
     end = team.least(end);  // also a barrier
     for (std::int64_t i = end + team.lane; i < old_end; i += team.lanes) {

@@ -48,7 +48,9 @@ struct StepArgs {
     double cut;
     std::int32_t decided_is_one, position, all_rows;  // all_rows: decided ones are scored too
     const std::int64_t* end_ids;
-    std::int64_t end_count;      // 0: end of text is off
+    std::int64_t end_count;           // 0: end of text is off
+    const std::int64_t* waiting_ids;  // committed only if nothing before them stays undecided
+    std::int64_t waiting_count;
     const std::int64_t* token;   // statistics of the rows
     const float *logit, *second_logit, *log_odds, *entropy;
 };
