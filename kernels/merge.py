@@ -150,30 +150,24 @@ def finish_step(
 
     i = tl.arange(0, WIDTH)
     open_ = (i < width) & (tl.load(undecided + start + i, mask=i < width, other=0) != 0)
-    token = tl.load(out_ids + call_row * width + i, mask=open_, other=0)
-    odds = tl.load(out_values + 3 * count + call_row * width + i, mask=i < width, other=NEG_INF)
+    row_ids, row_odds = out_ids + call_row * width, out_values + 3 * count + call_row * width
+    token = tl.load(row_ids + i, mask=open_, other=0)
+    odds = tl.load(row_odds + i, mask=i < width, other=NEG_INF)
     failed = open_ & ((token < 0) | (odds != odds))
     failed_at = tl.min(tl.where(failed, start + i, length), 0)
 
-    score = ranked(odds)
-    row_odds = out_values + 3 * count + call_row * width
-    row_ids = out_ids + call_row * width
-    rank = _before(row_odds, row_ids, undecided + start, score, i, width, -1, waiting_ids, 0, WIDTH, CHUNK)
-    if FILTER == 0:
-        bound = tl.load(bounds + rank, mask=open_, other=float("inf"))
-        chosen = open_ & (rank < tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0))
-    elif POSITION:
+    if POSITION:
         row = out_values + call_row * width  # logit, second_logit, logsumexp, log_odds, entropy
         stable = token == tl.load(predicted + start + i, mask=open_, other=-1)
         out = position_filter(
-            row + 3 * count, row, row + count, row + 4 * count, undecided + start, stable, i, open_,
+            row_odds, row, row + count, row + 4 * count, undecided + start, stable, i, open_,
             tl.minimum(old_end - start, width), weights, FILTER, WIDTH, CHUNK,
         )  # fmt: skip
         chosen = open_ & (out > cut)
-    else:
+    elif FILTER > 0:
         f = tl.arange(0, FILTER_PAD)
         seen = (f < FILTER) & (f < width) & (start + f < old_end)
-        value = tl.load(out_values + 3 * count + call_row * width + f, mask=seen, other=0.0).to(tl.float64)
+        value = tl.load(row_odds + f, mask=seen, other=0.0).to(tl.float64)
         confidence = (1.0 / (1.0 + tl.exp(-value))).to(tl.float32)
         if DECIDED_IS_ONE:
             is_open = tl.load(undecided + start + f, mask=seen, other=0) != 0
@@ -193,6 +187,11 @@ def finish_step(
         out = tl.sum(w.to(tl.float64) * layer[None, :], 1)
         out += tl.load(second + FILTER * FILTER + i, mask=i < width, other=0.0).to(tl.float64)
         chosen = open_ & (out > cut)
+    score = ranked(odds)
+    rank = _before(row_odds, row_ids, undecided + start, score, i, width, -1, waiting_ids, 0, WIDTH, CHUNK)
+    if FILTER == 0:
+        bound = tl.load(bounds + rank, mask=open_, other=float("inf"))
+        chosen = open_ & (rank < tl.max(tl.where(open_ & (odds >= bound), rank + 1, 0), 0))
 
     # ids that wait: behind an undecided position that the rule leaves they do not rank, behind one that the quota
     # leaves too they are not committed

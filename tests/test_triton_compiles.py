@@ -17,7 +17,8 @@ POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
     "noise_keys": "i64", "sequences": "i64", "undecided": "u8", "progress": "i64", "seeds": "i64", "floats": "fp32",
     "ints": "i32", "out_ids": "i64", "out_values": "fp32", "tokens": "i64", "quota": "i64", "bounds": "fp32",
-    "weights": "fp32", "end_ids": "i64", "predicted": "i64", "first": "i64", "end": "i64", "parts": "fp32",
+    "weights": "fp32", "waiting_ids": "i64", "end_ids": "i64", "predicted": "i64", "first": "i64", "end": "i64",
+    "parts": "fp32",
 }  # fmt: skip
 DATA = ("hidden", "head", "q", "keys", "values", "out")  # pointers to the model's dtype
 STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out") for of in ("batch", "head", "row")]

@@ -21,6 +21,12 @@ struct OneThread {
 
 constexpr std::int64_t kMaxFilter = 128;
 
+#ifdef __CUDA_ARCH__
+#define DLLM_ROLLED _Pragma("unroll 1")  // unrolled, these loops take registers that the scoring before them needs
+#else
+#define DLLM_ROLLED
+#endif
+
 struct CommitScratch {  // shared by the lanes
     std::int32_t* rank;  // [width]
     double layer[kMaxFilter];
@@ -97,6 +103,7 @@ DLLM_HD bool ranks_before(const float* odds, std::int64_t i, std::int64_t other)
 }
 
 DLLM_HD bool among(std::int64_t id, const std::int64_t* ids, std::int64_t count) {
+    DLLM_ROLLED
     for (std::int64_t e = 0; e < count; ++e)
         if (id == ids[e]) return true;
     return false;
@@ -120,6 +127,7 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
         if (!undecided[start + i]) continue;
         if (token[i] < 0 || odds[i] != odds[i]) failed_at = failed_at < start + i ? failed_at : start + i;
         std::int32_t rank = 0;
+        DLLM_ROLLED
         for (std::int64_t j = 0; j < width; ++j) rank += undecided[start + j] && ranks_before(odds, j, i);
         scratch.rank[i] = rank;
         if (a.filter_length == 0 && odds[i] >= a.bounds[rank] && rank + 1 > picked) picked = rank + 1;
@@ -183,6 +191,7 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
         std::int32_t rank = scratch.rank[i];
         bool chosen = rank < picked;
         if (!chosen && !waits(i, left_out)) {
+            DLLM_ROLLED
             for (std::int64_t j = left_out + 1; j < width; ++j)
                 rank -= undecided[start + j] && waits(j, left_out) && ranks_before(odds, j, i);
             chosen = rank < quota;
