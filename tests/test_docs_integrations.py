@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "pretrained=GSAI-ML/LLaDA-8B-Instruct,dtype=bfloat16,gen_length=256": "pretrained=demo,gen_length=64",
     "--tasks gsm8k ": "--tasks gsm8k_here.yaml ",
+    "--batch_size 16 --limit 20": "--batch_size 16 --limit 1",
+    "--limit 10": "--limit 1",
+    "$tasks ": "demo_copy,demo_reverse,demo_sort,demo_sums ",
 }
 GSM8K_HERE = """task: gsm8k_here
 dataset_path: json
@@ -74,7 +77,7 @@ def test_lm_eval_page(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         for large, small in SMALL.items():
             used |= {large} if large in text else set()
             text = text.replace(large, small)
-        for command in re.split(r"^(?=dllm-engine|pip)|(?<=\n)(?=echo)", text, flags=re.MULTILINE):
+        for command in re.split(r"^(?=dllm-engine|pip|echo|tasks=)", text, flags=re.MULTILINE):
             if command.startswith("pip"):
                 assert 'lm-eval = ["lm-eval>=0.4.13"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
             elif command.startswith("dllm-engine"):
@@ -113,9 +116,9 @@ def test_transformers_page(
     if not hasattr(transformers, "TextDiffusionStreamer"):
         pytest.skip("this transformers has no TextDiffusionStreamer")
     raw = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
-    module = LikeTransformers(demo_model, raw)
+    module, tokenizer = LikeTransformers(demo_model, raw), demo_model.tokenizer
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda name, **options: module)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: demo_model.tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     shutil.copytree(DEMO_MODEL, "checkpoint")
     (written,) = blocks("transformers.md", "json")
     Path("checkpoint", "generation_config.json").write_text(written, encoding="utf-8")
