@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import torch
 from conftest import ending_model
 from test_generate import LikeTransformers
 
-from dllm_engine import Engine, LLaDA, cli, decode, evaluate, generation_config
+from dllm_engine import Engine, LLaDA, cli, decode, evaluate, generation_config, tasks
 from dllm_engine.demo import DEMO_MODEL
-from dllm_engine.tasks import Sample
 
 PROMPT = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Emma Reed"
 LLADA_8B = {"_from_model_config": True, "bos_token_id": 126080, "eos_token_id": 126081, "pad_token_id": 126081}
@@ -123,12 +123,10 @@ def test_evaluation_and_traces_say_everything(demo_model: LLaDA, tmp_path: Path)
     path = beside(tmp_path, temperature=2.0, cfg_scale=3.0, steps=1, policy="topk=32", gen_length=32)
     other = LLaDA.from_pretrained(path, device="cpu", dtype="float32")
     setting = evaluate.Setting("threshold", gen_length=32)
-    sample = [
-        Sample("reverse", PROMPT, "Emma Reed, Grace Wright, Alan Wells", {"items": ["x"], "index": 0, "word": ""})
-    ]
+    sample = [tasks.generate("worded_sums", random.Random(3))]
     rows = [evaluate.run(model, sample, setting)[0] for model in (demo_model, other)]
     assert rows[0].text == rows[1].text
-    assert rows[0].passes == rows[1].passes
+    assert rows[0].passes == rows[1].passes > 1
 
     from dllm_engine import traces
 

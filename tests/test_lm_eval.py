@@ -94,7 +94,7 @@ def test_generation_tasks_and_what_they_cost(demo_model: LLaDA, capsys: pytest.C
     assert results["model_name"] == "demo"
     decoding = config["decoding"]
     assert (decoding["policy"], decoding["cache"]) == ("Threshold(threshold=0.9)", "dual")
-    assert (config["model_device"], config["model_dtype"]) == ("cpu", "torch.float32")
+    assert (config["device"], config["model_device"], config["model_dtype"]) == ("cpu", "cpu", "torch.float32")
     passes = tokens = 0
     for task in ("demo_reverse", "demo_sums"):
         rows, own = samples(task), config["generation"]["tasks"][task]

@@ -23,7 +23,7 @@ from dllm_engine.options import DEFAULTS, Options, default
 
 try:
     from lm_eval import utils
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate as cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -31,8 +31,6 @@ try:
 except ImportError as error:
     raise ImportError(f'lm-eval is missing ({error}); pip install "dllm-engine[lm-eval]"') from error
 
-__all__ = ["DLLMEngine", "cli_evaluate"]
-_SHOWN = ("forward_passes", "tokens_per_forward", "tokens_per_second")
 _LOG = logging.getLogger("lm_eval.dllm_engine")  # lm-eval shows what its own loggers say
 
 
@@ -177,8 +175,7 @@ class DLLMEngine(TemplateLM):
                     counted.update(prompts=1, forward_passes=result.passes, generated_tokens=tokens)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
             counted.update(nanoseconds=time.perf_counter_ns() - began)
-            rates = _rates(counted)
-            _LOG.info("%s: %s", task, ", ".join(f"{rates[name]:,.1f} {name}" for name in _SHOWN))
+            _LOG.info("%s: %s", task, ", ".join(f"{value:,.1f} {name}" for name, value in _rates(counted).items()))
         return texts
 
     # -- likelihood -------------------------------------------------------------------------------------------------
@@ -190,10 +187,8 @@ class DLLMEngine(TemplateLM):
         contexts = self._fitting([context for _, context, _ in requests], [len(target) for target in targets])
         common: dict[str, Any] = {"batch_size": self.batch_size, "cfg_scale": self._option("cfg_scale")}
         common["backend"], began = self.settings["backend"], time.perf_counter_ns()
-        estimates = likelihood.log_likelihood(
-            self.model, contexts, targets, samples=self.mc_num, seed=self.seed, **common
-        )
-        found = list(tqdm(estimates, total=len(targets), desc="likelihoods", disable=disable_tqdm))
+        drawn = likelihood.log_likelihood(self.model, contexts, targets, samples=self.mc_num, seed=self.seed, **common)
+        found = list(tqdm(drawn, total=len(targets), desc="likelihoods", disable=disable_tqdm))
         passes, greedy = sum(one.passes for one in found), [False] * len(targets)
         if self.is_check_greedy and requests and requests[0][0] is not None:  # None: windows of a rolling likelihood
             greedy = likelihood.greedy_matches(self.model, contexts, targets, **common)
