@@ -369,6 +369,34 @@ def test_chat_templates(lm: DLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None
         lm.apply_chat_template([{"role": "user", "content": LIST}])
 
 
+def test_a_text_gets_one_start_token(lm: DLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in tokenizer adds none of its own; Llama's do."""
+    asked: list[bool] = []
+
+    class Adds:
+        bos_token = "<s>"
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            asked.append(add_special_tokens)
+            return {"input_ids": [0]}
+
+    monkeypatch.setattr(lm, "tokenizer", Adds())
+    for text, add in (("plain", None), ("<s>a chat", None), ("plain", False), ("<s>a chat", True)):
+        assert lm.tok_encode(text, add_special_tokens=add) == [0]
+    assert asked == [True, False, False, True]
+
+
+def test_other_questions_are_asked_for_by_metadata() -> None:
+    from dllm_engine.integrations import lm_eval_demo
+
+    first, other = (lm_eval_demo.questions("copy", 3, seed, pretrained="demo")["test"] for seed in (0, 1))
+    assert len(first) == 3
+    assert first[0] != other[0]
+    choices = lm_eval_demo.questions("choice", 40)["test"]
+    assert all(len(set(row["choices"])) == len(row["choices"]) >= 3 for row in choices)
+    assert {row["gold"] for row in choices} >= {0, 1, 2}
+
+
 def test_guidance_reaches_the_likelihoods() -> None:
     values = []
     for cfg_scale in (0.0, 2.0):

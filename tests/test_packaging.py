@@ -45,7 +45,7 @@ def test_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
         "demo_model/model.safetensors",
         "demo_model/tokenizer.json",
         "policies/base.py",
-        "integrations/lm_eval_tasks/demo.py",
+        "integrations/lm_eval_tasks/demo_copy.yaml",
     ):
         assert f"dllm_engine/{name}" in names
     script = (

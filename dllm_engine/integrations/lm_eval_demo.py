@@ -1,4 +1,4 @@
-"""Fresh questions of the kinds that the built-in model learned, as tasks of lm-evaluation-harness.
+"""Fresh questions of the kinds that the built-in model learned: the tasks in lm_eval_tasks/ for lm-evaluation-harness.
 
 ``--metadata questions=500 question_seed=3`` asks others. They need ``--apply_chat_template``.
 """
