@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_train
+from dllm_engine import cli_eval, cli_lm_eval, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
-    from dllm_engine.policies import Policy
 
 _EXAMPLES = """examples:
   dllm-engine demo
@@ -102,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(train)
     cli_train.add_arguments(train)
 
+    harness = "lm-evaluation-harness with this engine: lm-eval's own options, tasks and result files."
+    cli_lm_eval.add_arguments(commands, harness).set_defaults(run=cli_lm_eval.run)
+
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
@@ -116,31 +118,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_decode_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
-    group.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
-    group.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
-    group.add_argument(
-        "--policy",
-        default="auto",
-        metavar="NAME[=VALUE]",
-        help=f"{cli_eval.POLICY_FORMS} (%(default)s)",
+    group = parser.add_argument_group(
+        "decoding", "Defaults are those in brackets, unless generation_config.json beside the weights says otherwise."
     )
+    group.add_argument("--gen-length", type=int, metavar="N", help="tokens to generate (128)")
+    group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (32)")
+    group.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
+    group.add_argument("--policy", metavar="NAME[=VALUE]", help=f"{cli_eval.POLICY_FORMS} (auto)")
     group.add_argument(
         "--cache",
-        default="dual",
         metavar="NAME",
-        help="none, prefix or dual (%(default)s); dual/8 refreshes every 8 calls, dual/never never",
+        help="none, prefix or dual (dual); dual/8 refreshes every 8 calls, dual/never never",
     )
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (%(default)s)"
-    )
-    group.add_argument(
-        "--cfg-scale", type=float, default=0.0, metavar="S", help="classifier-free guidance (%(default)s)"
-    )
-    group.add_argument(
-        "--end-of-text", default="auto", metavar="NAME", help="auto, off, committed or predicted (%(default)s)"
-    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the best token (0)")
+    group.add_argument("--cfg-scale", type=float, metavar="S", help="classifier-free guidance (0)")
+    group.add_argument("--end-of-text", metavar="NAME", help="auto, off, committed or predicted (auto)")
     group.add_argument("--seed", type=int, metavar="N", help="prompt i gets seed N + i (default: random)")
     group.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
 
@@ -159,10 +151,9 @@ def _generate(args: argparse.Namespace) -> None:
     if args.watch and args.json:
         raise ValueError("--watch: cannot be joined with --json; one of them must go")
     rows = _rows(args)
-    policy = PolicyText.parse(args.policy)
-    args.steps = policy.steps(args.gen_length, args.steps)
+    if args.policy is not None:
+        PolicyText.parse(args.policy)  # before the model is loaded
     model = _model(args)
-    rule = policy.make(model)
     chat = args.chat if args.chat is not None else args.model is None
     prompts = encode_rows(model.tokenizer, rows, chat=chat)
     size = 1 if args.watch else args.batch_size
@@ -170,7 +161,7 @@ def _generate(args: argparse.Namespace) -> None:
     with bar:
         for first in range(0, len(rows), size):
             last = min(first + size, len(rows))
-            _answer(args, model, rule, rows[first:last], prompts[first:last], first)
+            _answer(args, model, rows[first:last], prompts[first:last], first)
             if len(rows) > size and not args.watch:
                 bar.update(last - first)
 
@@ -178,7 +169,6 @@ def _generate(args: argparse.Namespace) -> None:
 def _answer(
     args: argparse.Namespace,
     model: LLaDA,
-    policy: Policy | str,
     rows: list[dict[str, Any]],
     prompts: list[list[int]],
     first: int,
@@ -193,7 +183,7 @@ def _answer(
             gen_length=args.gen_length,
             block_length=args.block_length,
             steps=args.steps,
-            policy=policy,
+            policy=args.policy,
             cache=args.cache,
             temperature=args.temperature,
             cfg_scale=args.cfg_scale,
@@ -211,7 +201,7 @@ def _answer(
             run(streamer)
         return
     out = run()
-    generated = out.sequences[:, -args.gen_length :].tolist()
+    generated = out.sequences[:, -out.settings["gen_length"] :].tolist()
     for i, (row, ids) in enumerate(zip(rows, generated, strict=True)):
         text = answer_text(model, ids)
         if args.json:

@@ -16,7 +16,7 @@ from dllm_engine.buffers import Buffers
 from dllm_engine.kv_cache import KVCache
 from dllm_engine.loop import Loop
 from dllm_engine.model import LLaDA
-from dllm_engine.options import Options, resolve_backend
+from dllm_engine.options import Options, default, resolve_backend
 from dllm_engine.outputs import DecodeOutput, Generated
 from dllm_engine.policies import Policy
 from dllm_engine.refresh import Cache
@@ -38,7 +38,7 @@ class Engine:
         *,
         max_batch: int,
         max_length: int,
-        cache: str | Cache = "dual",
+        cache: str | Cache | None = None,
         backend: str = "auto",
     ) -> None:
         """Allocates canvas and KV cache; guidance doubles it when first used.
@@ -46,7 +46,7 @@ class Engine:
         Args:
             max_batch: sequences at once.
             max_length: columns of one: prompt, its padding, generation.
-            cache, backend: what the calls use if they do not say.
+            cache, backend: what the calls use if they do not say; without a cache here, `decode`'s default.
 
         Raises:
             TypeError, ValueError, RuntimeError: a bad argument, or a backend that cannot run here.
@@ -55,16 +55,16 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("max_length", max_length)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
-        cache = Cache.of(cache)
         loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
         resolve_backend(backend, loaded, 0.0)
-        self.max_batch, self.max_length, self.cache, self.backend = max_batch, max_length, cache, backend
+        self.cache: Cache | None = Cache.of(default(loaded, "cache") if cache is None else cache)
+        self.max_batch, self.max_length, self.backend = max_batch, max_length, backend
         self._model: Callable[[], LLaDA | None] = lambda: loaded
         self._buffers: Buffers | None = Buffers(loaded.device)
         self._lock = threading.RLock()  # re-entrant: a streamer that calls its own engine gets an error, not a deadlock
         self._busy = self._grows = False
         with torch.inference_mode():
-            if cache.name != "none":
+            if self.cache.name != "none":
                 self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, max_length), loaded.dtype)
             DecodeState.rows(self._buffers, max_batch, max_length)
 
@@ -75,7 +75,7 @@ class Engine:
             engine = model._engine
             if engine is None:
                 engine = model._engine = cls(model, max_batch=1, max_length=1, cache="none")
-                engine._grows = True
+                engine._grows, engine.cache = True, None
                 engine._model = weakref.ref(model)  # in a cycle, a dropped model would wait for the garbage collector
             return engine
 
@@ -107,14 +107,14 @@ class Engine:
         input_ids: Tensor | Sequence[Sequence[int]],
         *,
         attention_mask: Tensor | None = None,
-        gen_length: int = 128,
-        block_length: int = 32,
+        gen_length: int | None = None,
+        block_length: int | None = None,
         steps: int | None = None,
-        policy: Policy | str = "auto",
+        policy: Policy | str | None = None,
         cache: str | Cache | None = None,
-        temperature: float = 0.0,
-        cfg_scale: float = 0.0,
-        end_of_text: str = "auto",
+        temperature: float | None = None,
+        cfg_scale: float | None = None,
+        end_of_text: str | None = None,
         seed: int | Sequence[int] | None = None,
         backend: str | None = None,
         streamer: Any = None,
@@ -188,14 +188,14 @@ class Engine:
         self,
         prompts: Iterable[Sequence[int] | Tensor],
         *,
-        gen_length: int = 128,
-        block_length: int = 32,
+        gen_length: int | None = None,
+        block_length: int | None = None,
         steps: int | None = None,
-        policy: Policy | str = "auto",
+        policy: Policy | str | None = None,
         cache: str | Cache | None = None,
-        temperature: float = 0.0,
-        cfg_scale: float = 0.0,
-        end_of_text: str = "auto",
+        temperature: float | None = None,
+        cfg_scale: float | None = None,
+        end_of_text: str | None = None,
         seed: int | None = None,
         backend: str | None = None,
         streamer: Callable[[int, Tensor], Any] | None = None,
@@ -233,9 +233,9 @@ class Engine:
         )
         if options.policy.of_one_batch:
             raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
-        if self.max_length <= gen_length:
+        if self.max_length <= options.gen_length:
             raise ValueError(
-                f"gen_length: {gen_length} given; max_length {self.max_length} leaves no room for a prompt"
+                f"gen_length: {options.gen_length} given; max_length {self.max_length} leaves no room for a prompt"
             )
         if not isinstance(prompts, Iterable) or isinstance(prompts, str):
             raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")

@@ -168,12 +168,15 @@ def _batch(
 def _decode(
     model: LLaDA, prompts: Sequence[Sequence[int]], setting: Setting, policy: Policy | str, seed: int
 ) -> DecodeOutput:
+    # everything is said, so that no generation_config.json decides; as many steps as tokens are as good as none given
     return decode(
         model,
         prompts,
         gen_length=setting.gen_length,
         block_length=setting.block_length,
-        steps=setting.policy.steps(setting.gen_length, setting.steps),
+        steps=setting.policy.steps(setting.gen_length, setting.steps) or setting.gen_length,
+        temperature=0.0,
+        cfg_scale=0.0,
         policy=policy,
         cache=setting.cache,
         end_of_text=setting.end_of_text,

@@ -116,15 +116,19 @@ def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tens
         raise ValueError(f"input_ids: an id does not fit 64 bits ({error})") from None
 
 
+def check_count(name: str, value: Any) -> None:
+    """No int raises TypeError, one below 1 ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: {value!r} given; an int is needed")
+    if value < 1:
+        raise ValueError(f"{name}: {value} given; at least 1 is needed")
+
+
 def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_length: int, steps: int | None) -> None:
     """Lengths that do not fit each other or the model raise ValueError."""
     for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
-        if value is None and name == "steps":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: {value!r} given; an int is needed")
-        if value < 1:
-            raise ValueError(f"{name}: {value} given; at least 1 is needed")
+        if value is not None or name != "steps":
+            check_count(name, value)
     if gen_length % block_length:
         raise ValueError(f"block_length: {block_length} given; it must divide gen_length {gen_length}")
     blocks = gen_length // block_length

@@ -146,6 +146,7 @@ class LLaDA(nn.Module):
         vocab_size: ids that may be written; rows of the head beyond it are padding.
         mask_id, end_ids, fill_id: the mask token, every end-of-text token, the one that fills after the end.
         path: the checkpoint directory, or None for a model built in memory.
+        generation_defaults: what ``generation_config.json`` there says about arguments of `decode`.
     """
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -157,6 +158,7 @@ class LLaDA(nn.Module):
         if not config.weight_tying:
             self.ff_out = Linear(config.d_model, config.embedding_size, bias=False)
         self.path: Path | None = None
+        self.generation_defaults: dict[str, Any] = {}
         self.vocab_size = config.vocab_size
         self.end_ids = config.eos_token_ids
         self._tokenizer: Any = None

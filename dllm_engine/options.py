@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 
-from dllm_engine import backends, inputs, policies
+from dllm_engine import backends, generation_config, inputs, policies
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
+from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache
+
+# What `decode` does where neither its caller nor the model's generation_config.json says anything.
+DEFAULTS: dict[str, Any] = {
+    "gen_length": 128, "block_length": 32, "steps": None, "policy": "auto", "cache": "dual", "temperature": 0.0,
+    "cfg_scale": 0.0, "end_of_text": "auto", "backend": "auto",
+}  # fmt: skip
+
+
+def default(model: LLaDA, name: str) -> Any:
+    """What an argument of `decode` is where its caller leaves it out."""
+    return model.generation_defaults.get(name, DEFAULTS[name])
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,33 @@ class Options:
     excluded_ids: tuple[int, ...] = ()
 
     @classmethod
-    def resolve(
+    def resolve(cls, model: LLaDA, *, longest_prompt: int, **given: Any) -> Options:
+        """Checked options from `decode`'s arguments of the names in `DEFAULTS`.
+
+        One that is None was left out: what ``generation_config.json`` beside the model says is taken, else the default.
+
+        Raises:
+            TypeError, ValueError: a bad argument. RuntimeError: a backend asked for by name that cannot run here.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        beside = {name: value for name, value in model.generation_defaults.items() if name not in given}
+        if "policy" in given and _sets_steps(given["policy"]):
+            beside.pop("steps", None)
+        elif "steps" in given and _sets_steps(beside.get("policy")):
+            beside["policy"] = PolicyText.parse(beside["policy"]).name
+        try:
+            return cls._checked(model, longest_prompt, **DEFAULTS | beside | given)
+        except ValueError as error:
+            if not beside:
+                raise
+            raise ValueError(f"{error} ({', '.join(beside)}: from {generation_config.FILE})") from None
+
+    @classmethod
+    def _checked(
         cls,
         model: LLaDA,
-        *,
         longest_prompt: int,
+        *,
         gen_length: int,
         block_length: int,
         steps: int | None,
@@ -50,13 +84,12 @@ class Options:
         end_of_text: str,
         backend: str,
     ) -> Options:
-        """Checked options from `decode`'s arguments.
-
-        Raises:
-            TypeError, ValueError: a bad argument. RuntimeError: a backend asked for by name that cannot run here.
-        """
         cache = Cache.of(cache)
         inputs.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
+        inputs.check_count("gen_length", gen_length)
+        if isinstance(policy, str):
+            text = PolicyText.parse(policy)
+            steps, policy = text.steps(gen_length, steps), text.make(model)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
         policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
         if policy.greedy and temperature > 0:
@@ -77,13 +110,12 @@ class Options:
 
     def told(self, seeds: list[int]) -> dict[str, Any]:
         """`DecodeOutput.settings`."""
-        return {
-            "policy": self.policy,
-            "cache": str(self.cache),
-            "end_of_text": self.end_of_text,
-            "backend": self.backend,
-            "seed": seeds,
-        }
+        return {name: getattr(self, name) for name in DEFAULTS} | {"cache": str(self.cache), "seed": seeds}
+
+
+def _sets_steps(policy: Any) -> bool:
+    """Whether it is a text such as ``"topk=4"``, which says how many steps there are."""
+    return isinstance(policy, str) and PolicyText.parse(policy).is_schedule
 
 
 def resolve_backend(backend: str, model: LLaDA, cfg_scale: float) -> str:

@@ -8,28 +8,62 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class DecodeOutput:
-    """What `decode` returns.
+class DecodeOutput(dict[str, Any]):
+    """What `decode` returns, to be used like transformers' ``ModelOutput``: ``out.sequences``, ``out["sequences"]``
+    and ``out[0]`` are the same; iterating gives the keys, `to_tuple` the values.
+
+    A read-only dict in the order below, and no ``ModelOutput`` itself: transformers need not be there.
 
     Attributes:
         sequences: LongTensor [B, P + gen_length]; positions after the end of the text hold the end token.
+        tokens_per_forward: FloatTensor [B], generated_tokens / sequence_passes.
         forward_passes: model calls made; a refresh, or guidance's doubled batch, is one.
         sequence_passes: LongTensor [B], calls that a sequence took part in.
         generated_tokens: LongTensor [B], tokens before the first end id.
-        settings: what was resolved: policy, cache, end_of_text, backend, seed.
+        settings: what was resolved: every argument of `decode` that is not one of input, with the seeds in a list.
     """
 
     sequences: Tensor
+    tokens_per_forward: Tensor
     forward_passes: int
     sequence_passes: Tensor
     generated_tokens: Tensor
     settings: dict[str, Any]
 
-    @property
-    def tokens_per_forward(self) -> Tensor:
-        """FloatTensor [B]: generated_tokens / sequence_passes."""
-        return self.generated_tokens / self.sequence_passes
+    def __init__(
+        self,
+        sequences: Tensor,
+        forward_passes: int,
+        sequence_passes: Tensor,
+        generated_tokens: Tensor,
+        settings: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            sequences=sequences,
+            tokens_per_forward=generated_tokens / sequence_passes,
+            forward_passes=forward_passes,
+            sequence_passes=sequence_passes,
+            generated_tokens=generated_tokens,
+            settings=settings,
+        )
+        self.__dict__.update(self)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values, in the order of the keys."""
+        return tuple(self.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: value for name, value in self.items() if name != "tokens_per_forward"}
+        return type(self), tuple(values.values())
+
+    def _read_only(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a DecodeOutput is read-only; dict(output) is a copy that is not")
+
+    __setattr__ = __delattr__ = __setitem__ = __delitem__ = _read_only
+    pop = popitem = setdefault = update = clear = __ior__ = _read_only
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Policies as the command line writes them: ``threshold=0.95``, ``topk=2``, ``localleap=0.9/0.75/4``."""
+"""Policies as text: ``threshold=0.95``, ``topk=2``, ``localleap=0.9/0.75/4``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyText:
-    """A policy as the command line writes it.
+    """A policy as the command line, `decode` and ``generation_config.json`` write it.
 
     Attributes:
         name: a name of `policies.names`, ``"auto"`` or ``"oracle"``.
@@ -37,9 +37,12 @@ class PolicyText:
         ``learn2pd@0.8`` or a bare name.
 
         Raises:
+            TypeError: no text.
             ValueError: anything else (``oracle`` says whether that one is known), or a value out of range.
             FileNotFoundError: a filter that is not there.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"policy: {text!r} given; a text is needed")
         name, equals, value = text.partition("=")
         if not equals and name.startswith("learn2pd@"):
             return cls("learn2pd", _filter_threshold(name.partition("@")[2]))
@@ -75,13 +78,18 @@ class PolicyText:
             return self.name
         return _make(self.name, self.value, *self.more)
 
+    @property
+    def is_schedule(self) -> bool:
+        """Whether it says how many tokens each step of the static schedule commits."""
+        return self.value is not None and _is_static(self.name)
+
     def steps(self, gen_length: int, steps: int | None = None) -> int | None:
         """Steps of the static schedule: ``topk=K`` commits K tokens in each.
 
         Raises:
             ValueError: K does not divide ``gen_length``, or ``steps`` was given as well.
         """
-        if self.value is None or not _is_static(self.name):
+        if self.value is None or not self.is_schedule:
             return steps
         text = f"{self.name}={self.value:.0f}"
         if steps is not None:

@@ -118,6 +118,7 @@ def collect(
         if not file.exists():
             batch = [list(p) for p in prompts[first : first + batch_size]]
             options: dict[str, Any] = {**settings, "backend": backend, "seed": 0}
+            options |= {"steps": gen_length, "temperature": 0.0, "cfg_scale": 0.0}  # not as generation_config.json says
             del options["batch_size"]
             answer = decode(model, batch, policy="topk", **options).sequences[:, -gen_length:]
             replays = []

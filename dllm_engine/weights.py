@@ -220,7 +220,8 @@ def _assign(model: LLaDA, tensors: dict[str, Tensor]) -> None:
 
 
 def _describe(model: LLaDA, directory: Path | None) -> None:
-    """Vocabulary and end ids: config first, then what generation config and tokenizer add."""
+    """Vocabulary, end ids (config first, then what generation config and tokenizer add) and defaults of `decode`."""
+    from dllm_engine import generation_config
     from dllm_engine.tokenizer import read_facts
 
     model.path = directory
@@ -228,10 +229,12 @@ def _describe(model: LLaDA, directory: Path | None) -> None:
         return
     rows = model.config.embedding_size
     end_ids = list(model.config.eos_token_ids)
-    generation = directory / "generation_config.json"
+    generation = directory / generation_config.FILE
     if generation.exists():
-        eos = _read_json(generation).get("eos_token_id")
+        raw = _read_json(generation)
+        eos = raw.get("eos_token_id")
         end_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        model.generation_defaults = generation_config.defaults(raw, str(generation))
     facts = read_facts(directory)
     end_ids += facts.end_ids
     for i in end_ids:

@@ -40,7 +40,13 @@ def test_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dllm_engine"}
-    for name in ("py.typed", "demo_model/model.safetensors", "demo_model/tokenizer.json", "policies/base.py"):
+    for name in (
+        "py.typed",
+        "demo_model/model.safetensors",
+        "demo_model/tokenizer.json",
+        "policies/base.py",
+        "integrations/lm_eval_tasks/demo_copy.yaml",
+    ):
         assert f"dllm_engine/{name}" in names
     script = (
         "import dllm_engine; from dllm_engine.cli import main; assert 'site' in dllm_engine.__file__;"

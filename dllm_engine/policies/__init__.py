@@ -95,7 +95,7 @@ def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:
         policy = Learn2PD(_shipped_filter(model))
         policy.check(model, block_length=block_length, cache=cache)
     except ValueError as error:
-        warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=4)
+        warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=5)
         return Threshold()
     return policy
 
