@@ -2,11 +2,11 @@
 
 Every rule is tuned on validation prompts with the same cache and end of text: the boldest setting that loses no more
 than ``--slack`` against one token per step, and neither do all more cautious ones, is found, and the next more cautious
-one taken (500 prompts do not tell a loss of 0.2 points from one of 0.5; ``--margin`` settings). Only the winners and
-the baseline are decoded on the held-out prompts, the
-same ones for all; equal quality means that the one-sided 95 % bound of the paired loss is under 0.5 points. The oracle
-commits just what equals the baseline's answer. Worded sums are judged twice: by the final number ("answer"), as
-published scorers would, and by the whole working, which a rule can garble while the number stays right.
+one taken (``--margin`` settings: 500 prompts do not tell a loss of 0.2 points from one of 0.5). Only the winners and
+the baseline are decoded on the held-out prompts, the same ones for all; equal quality means that the one-sided 95 %
+bound of the paired loss is under 0.5 points. The oracle commits just what equals the baseline's answer. Worded sums are
+judged twice: by the final number ("answer"), as published scorers would, and by the whole working, which a rule can
+garble while the number stays right.
 
 Figures are printed and written to ``benchmarks/results/learn2pd.json``; an interrupted run goes on where it stopped.
 """
@@ -97,7 +97,8 @@ def compared(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
 def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures of the baseline, every rule's winner and the oracle, at one family, canvas, cache and end of text."""
     family, cache, end_of_text = where["family"], where["cache"], where["end_of_text"]
-    validation, held_out = (questions(model, family, n, s) for n, s in ((args.validation, "v"), (args.held_out, "h")))
+    validation = questions(model, family, args.validation, "v")
+    held_out = questions(model, family, args.held_out, where["held_out_seed"])
     gen_length = where["gen_length"] or canvas_for(model, validation + held_out)
     name = f"{family}, {gen_length} tokens, cache {cache}, end of text {end_of_text}"
 
@@ -137,13 +138,14 @@ def tune_and_confirm(model: LLaDA, args: argparse.Namespace, where: dict[str, An
 
 def show(records: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Winners on the held-out prompts")
-    for column in ("family", "quality", "canvas", "cache", "end of text", "rule", "setting"):
+    for column in ("family", "quality", "canvas", "cache", "end of text", "margin", "rule", "setting"):
         table.add_column(column)
     for column in ("right %", "loss", "≤", "passes", "of oracle", "tokens/s"):
         table.add_column(column, justify="right")
     for r in records:
         table.add_row(
-            r["family"], r["quality"], str(r["gen_length"]), r["cache"], r["end_of_text"], r["rule"], r["setting"],
+            r["family"], r["quality"], str(r["gen_length"]), r["cache"], r["end_of_text"], str(r["margin"]),
+            r["rule"], r["setting"],
             f"{100 * r['accuracy']:.2f}", f"{100 * r['loss']:.2f}", f"{100 * r['loss_upper']:.2f}",
             f"{r['forward_passes']:.2f}", f"{r['of_oracle']:.2f}", f"{r['tokens_per_second']:,.0f}",
             end_section=r["rule"] == "oracle",
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--all-filters", action="store_true", help="not only those trained with the cache decoded with")
     parser.add_argument("--validation", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=3000)
+    parser.add_argument("--held-out-seed", default="h", help="other prompts for another margin, as once seen ones tell")
     parser.add_argument("--slack", type=float, default=0.002, help="loss that a winner may have on validation prompts")
     parser.add_argument(
         "--margin", type=int, default=1, help="settings that a winner is more cautious than the boldest"
@@ -177,10 +180,13 @@ def main() -> None:
     for family, gen_length, cache, end, quality in places:
         if family != "sums" and quality == "working":
             continue
-        where = {"family": family, "quality": quality, "gen_length": gen_length, "cache": cache, "end_of_text": end}
+        where = {
+            "family": family, "quality": quality, "gen_length": gen_length, "cache": cache, "end_of_text": end,
+            "margin": args.margin, "held_out_seed": args.held_out_seed,
+        }  # fmt: skip
         records = [r | provenance(model.device) for r in tune_and_confirm(model, args, where)]
-        same = ("family", "quality", "gen_length", "cache", "end_of_text")
-        held = [h for h in held if any(h[key] != records[0][key] for key in same)] + records
+        same = ("family", "quality", "gen_length", "cache", "end_of_text", "margin", "held_out_seed")
+        held = [h for h in held if any(h.get(key) != records[0][key] for key in same)] + records
         file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
         show(records)
 
