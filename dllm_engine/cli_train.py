@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = parser.add_argument_group("filter")
     fit.add_argument("--kind", default="position", metavar="NAME", help="position (ours) or block (as published)")
     fit.add_argument(
-        "--risk", type=float, default=0.0002, metavar="R", help="share of wrong commits to accept (%(default)s)"
+        "--risk", type=float, default=0.0003, metavar="R", help="share of wrong commits to accept (%(default)s)"
     )
     fit.add_argument("--epochs", type=int, metavar="N", help="passes over the training rows")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same filter (%(default)s)")

@@ -44,7 +44,7 @@ def train(
     traces: dict[str, Tensor],
     *,
     kind: str = "position",
-    risk: float = 0.0002,
+    risk: float = 0.0003,
     hidden: int = HIDDEN,
     epochs: int | None = None,
     seed: int = 0,
