@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_train
+from dllm_engine import cli_eval, cli_serve, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
   dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl
   dllm-engine eval --policy topk threshold=0.9 factor=1.0 --cache none dual
+  dllm-engine serve --port 8000
   dllm-engine eval --sweep --plot frontier --output frontier"""
 
 
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train-filter", _train_filter, "Train a Learn2PD filter on a model's own decodes.")
     _add_model_options(train)
     cli_train.add_arguments(train)
+
+    serve = command("serve", _serve, "Serve the model over HTTP, as OpenAI's API does.")
+    _add_model_options(serve)
+    cli_serve.add_arguments(serve)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
@@ -282,6 +287,10 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _train_filter(args: argparse.Namespace) -> None:
     cli_train.run(args, lambda: _model(args))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    cli_serve.run(args, lambda: _model(args))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -63,11 +63,16 @@ class Loop:
         self.passes, self.taken = 0, [0] * state.batch
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
-    def admit(self, row: int, prompt: Sequence[int], seed: int) -> None:
+    def admit(self, row: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt begins in the row of a finished sequence."""
-        self.state.admit(row, prompt, seed)
-        self.where[row], self.taken[row] = self.state.start, 0
+        self.state.admit(row, prompt, seed, gen_length)
+        self.where[row], self.taken[row] = self.state.start(self.state.prompt_length + gen_length), 0
         self.forward.padding[row] = self.state.prompt_length - len(prompt)
+
+    def release(self, row: int) -> None:
+        """The sequence of a row ends here, wherever it is."""
+        self.state.release(row)
+        self.where[row] = self.state.idle
 
     def step(self) -> list[int]:
         """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""
