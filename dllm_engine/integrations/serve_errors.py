@@ -34,13 +34,13 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def refused(error: Exception, fields: Mapping[str, str]) -> ApiError:
+def refused(error: Exception, fields: Mapping[str, str], otherwise: str | None) -> ApiError:
     """A 400 from an exception of the engine whose message names its argument: ``gen_length: …``.
 
     Args:
-        fields: the request's name for an argument of the engine.
+        fields: the request's name for an argument of the engine. otherwise: the field where it is none of these.
     """
     name, colon, rest = str(error).partition(":")
     if colon and name in fields:
         return ApiError(400, f"{fields[name]}:{rest}", param=fields[name], code="invalid_value")
-    return ApiError(400, str(error), code="invalid_value")
+    return ApiError(400, str(error), param=otherwise, code="invalid_value")

@@ -93,14 +93,16 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """Texts or lists of token ids."""
+
+        def is_one(prompt: Any) -> bool:
+            ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
+            return isinstance(prompt, str) or bool(ids)
+
         given = self.prompt
-        if isinstance(given, str) or (isinstance(given, list) and given and all(type(t) is int for t in given)):
+        if is_one(given):
             return [given]
-        if isinstance(given, list) and given:
-            if all(isinstance(p, str) for p in given):
-                return given
-            if all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in given):
-                return given
+        if isinstance(given, list) and given and all(map(is_one, given)):
+            return given
         raise ApiError(400, "prompt: a text, a list of token ids, or a list of either is needed", param="prompt")
 
 

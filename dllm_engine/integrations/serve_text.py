@@ -157,8 +157,9 @@ class Answer:
         )
 
     def _found(self, text: str, start: int) -> int:
-        """Where the first stop string begins, -1 if none is there."""
-        return min((at for stop in self._stop if (at := text.find(stop, start)) >= 0), default=-1)
+        """Where the stop string begins that is complete first, whatever the blocks are; -1 if none is there."""
+        found = ((at + len(stop), at) for stop in self._stop if (at := text.find(stop, start)) >= 0)
+        return min(found, default=(0, -1))[1]
 
     def _held_back(self, text: str) -> int:
         """Characters at the end that a stop string may begin with."""
