@@ -1,9 +1,9 @@
 """The server under load and under faults, on loopback: ``python benchmarks/serve_load.py``.
 
-Turns of `generate_many` in this process and of the server in another take each other's place, with the same prompts,
-lengths and rows; 64 clients send the server's, half of them as streams. All answers of a sample are compared with
-decodes of the prompt alone. Then clients leave midway, and a server under load gets SIGTERM: what it had accepted must
-come whole. Figures are appended to ``benchmarks/results/<device>.jsonl``.
+Turns of `generate_many` in this process and of the server in another take each other's place, with the same prompts
+and rows; 64 clients send the server's, half of them as streams. Another turn has limits on tokens of every size. A
+sample of all answers is compared with decodes of the prompt alone. Then clients leave midway, and a server under load
+gets SIGTERM: what it had accepted must come whole. Figures are appended to ``benchmarks/results/<device>.jsonl``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from dllm_engine import Engine, LLaDA, decode, tasks
 from dllm_engine.demo import DEMO_MODEL, trained_tasks
 from dllm_engine.tokenizer import encode_prompt
 
-LENGTHS = (32, 64, 128)
+LENGTH = 128
+LIMITS = (1, 17, 32, 50, 64, 100, 128)
 PATH = "/v1/chat/completions"
 
 
@@ -147,11 +148,10 @@ def load(
 
 
 def many(engine: Engine, prompts: dict[str, list[int]], asked: Sequence[Asked], policy: str) -> None:
-    """The same work by `generate_many`, one length after the other."""
-    for length in LENGTHS:
-        given = [prompts[one.question] for one in asked if one.max_tokens == length]
-        for _ in engine.generate_many(given, gen_length=length, policy=policy, seed=0):
-            pass
+    """The same work by `generate_many`."""
+    given = [prompts[one.question] for one in asked]
+    for _ in engine.generate_many(given, gen_length=LENGTH, policy=policy, seed=0):
+        pass
 
 
 def timed(run: Any) -> float:
@@ -170,8 +170,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=200, help="answers compared with decodes alone")
     parser.add_argument("--dry-run", action="store_true", help="append nothing")
     args = parser.parse_args()
-    if not 1 <= args.turns <= args.requests:
-        parser.error(f"--turns: {args.turns} given; 1 to {args.requests} allowed")
+    if not 1 <= args.turns <= args.requests or not 2 <= args.sample <= 2 * args.requests // args.turns:
+        parser.error("--turns, --sample: a turn has at least a request, and at least half of the sample")
 
     model = LLaDA.from_pretrained(DEMO_MODEL, device="cpu", dtype="float32")
     rng, names = random.Random(0), trained_tasks(model)
@@ -180,7 +180,7 @@ def main() -> None:
     records = []
     for policy in args.policy:
         for rows in args.rows:
-            asked = [Asked(q, rng.choice(LENGTHS), seed, seed % 2 == 0) for seed, q in enumerate(questions)]
+            asked = [Asked(q, LENGTH, seed, seed % 2 == 0) for seed, q in enumerate(questions)]
             records.append(measured(args, model, prompts, asked, rows, policy))
     if not args.dry_run:
         print(f"appended to {append(records, model.device)}")
@@ -191,6 +191,7 @@ def measured(
 ) -> dict[str, Any]:
     server, turns = Server(rows, policy), [asked[i :: args.turns] for i in range(args.turns)]
     seconds: dict[str, list[float]] = {"many": [], "server": []}
+    rng = random.Random(1)
     with Engine(model, max_batch=rows, max_length=256) as engine:
         warm = [Asked(one.question, one.max_tokens, 0, one.stream) for one in asked[: 4 * rows]]
         many(engine, prompts, warm, policy)
@@ -200,9 +201,14 @@ def measured(
             seconds["many"].append(timed(lambda turn=turn: many(engine, prompts, turn, policy)))
             seconds["server"].append(timed(lambda turn=turn: load(server, turn, args.clients, policy)))
             memory.append(server.resident())
+        limited = [Asked(one.question, rng.choice(LIMITS), one.seed, one.stream) for one in turns[0]]
+        load(server, limited, args.clients, policy)
+        memory.append(server.resident())
     ratios = [m / s for m, s in zip(seconds["many"], seconds["server"], strict=True)]
-    errors = sum(one.status != 200 for one in asked)
-    wrong = compared(model, prompts, random.Random(1).sample(asked, min(args.sample, len(asked))), policy)
+    every = [*asked, *limited]
+    errors = sum(one.status != 200 for one in every)
+    sample = rng.sample(asked, args.sample // 2) + rng.sample(limited, args.sample // 2)
+    wrong = compared(model, prompts, sample, policy)
 
     # clients that leave: as soon as they have asked, or after the first piece of a stream
     for i, one in enumerate(asked[: args.clients]):
@@ -230,9 +236,9 @@ def measured(
     ordered = sorted(one.seconds for one in asked)
     tokens = sum(one.usage.get("completion_tokens", 0) for one in asked)
     record = {
-        "benchmark": "serve_load", "policy": policy, "rows": rows, "clients": args.clients, "requests": len(asked),
-        "turns": args.turns, "statuses": dict(Counter(str(one.status) for one in asked)), "errors": errors,
-        "compared": min(args.sample, len(asked)), "different": wrong,
+        "benchmark": "serve_load", "policy": policy, "rows": rows, "clients": args.clients, "requests": len(every),
+        "turns": args.turns, "statuses": dict(Counter(str(one.status) for one in every)), "errors": errors,
+        "compared": len(sample), "different": wrong,
         "requests_per_second": len(asked) / sum(seconds["server"]),
         "tokens_per_second": tokens / sum(seconds["server"]),
         "of_generate_many": statistics.median(ratios), "ratios": [round(r, 3) for r in ratios],
@@ -243,7 +249,7 @@ def measured(
     }  # fmt: skip
     print(
         f"{policy}, {rows} rows, {args.clients} clients, {device_name(model.device)}\n"
-        f"  {len(asked)} requests: {errors} errors, {wrong} of {record['compared']} differ from a decode alone\n"
+        f"  {len(every)} requests: {errors} errors, {wrong} of {record['compared']} differ from a decode alone\n"
         f"  {record['requests_per_second']:.1f} requests/s, {record['tokens_per_second']:,.0f} tokens/s,"
         f" {record['of_generate_many']:.2f} x generate_many (turns {', '.join(f'{r:.2f}' for r in ratios)})\n"
         f"  answered in {record['latency_median']:.2f} s (median), {record['latency_99']:.2f} s (99 %)\n"
@@ -260,8 +266,8 @@ def compared(model: LLaDA, prompts: dict[str, list[int]], sample: Sequence[Asked
     wrong = 0
     for one in tqdm(sample, desc="alone", disable=None):
         prompt = prompts[one.question]
-        out = decode(model, [prompt], gen_length=one.max_tokens, policy=policy, seed=one.seed)
-        count = int(out.generated_tokens[0])
+        out = decode(model, [prompt], gen_length=-(-one.max_tokens // 32) * 32, policy=policy, seed=one.seed)
+        count = min(int(out.generated_tokens[0]), one.max_tokens)
         text = model.tokenizer.decode(out.sequences[0, len(prompt) :][:count], skip_special_tokens=True)
         expected = (text, count, int(out.sequence_passes[0]))
         wrong += expected != (one.text, one.usage.get("completion_tokens"), one.usage.get("forward_passes"))

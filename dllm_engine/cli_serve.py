@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from dllm_engine.model import LLaDA
 
 
@@ -71,8 +74,6 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
             f"--host: {args.host} given; to listen beyond this machine, requests must need a key:"
             f" set {args.api_key_env}"
         )
-    if not 0 <= args.port < 1 << 16:
-        raise ValueError(f"--port: {args.port} given; 0 to 65535 allowed")
     settings = Settings(
         model_name=args.model_name or (Path(args.model).resolve().name if args.model else "dllm-demo"),
         max_batch=args.max_batch,
@@ -89,29 +90,36 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         temperature=args.temperature,
         api_key=key,
     )
-    serve(create_app(load(), settings), args.host, args.port)
+    with _listener(args.host, args.port) as listener:
+        serve(create_app(load(), settings), listener)
 
 
-def serve(app: object, host: str, port: int) -> None:
+def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; then what was accepted is finished first (a second signal ends it at once)."""
     import logging
 
     import uvicorn
 
     class Announced(uvicorn.Server):
-        async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-            await super().startup(sockets=sockets)  # type: ignore[arg-type]
-            if self.started:
-                at = self.servers[0].sockets[0].getsockname()
-                address = f"[{at[0]}]" if ":" in at[0] else at[0]
-                print(f"serving {app.state.server.settings.model_name} on http://{address}:{at[1]}/v1", flush=True)  # type: ignore[attr-defined]
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            host, port = listener.getsockname()[:2]
+            name = app.state.server.settings.model_name
+            print(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)  # type: ignore[arg-type]
-    server = Announced(config)
-    server.run()
-    if not server.started:
-        raise OSError(f"--host, --port: cannot listen on {host}:{port}")
+    Announced(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded; its port is refused to others from then on."""
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port: {port} given; 0 to 65535 allowed")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise OSError(f"--host, --port: cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
 def _is_loopback(host: str) -> bool:

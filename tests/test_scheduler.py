@@ -71,14 +71,13 @@ def test_rows_of_different_lengths_equal_the_decode_alone(model: LLaDA, mix: str
     def streamer(name: int, tokens: Tensor) -> None:
         heard.setdefault(name, []).extend(tokens.tolist())
 
-    with Engine(model, max_batch=3, max_length=40) as engine:
-        with engine.scheduler(options(model, **MIXES[mix]), streamer) as scheduler:
-            done: list[Generated] = []
-            for i, prompt in enumerate(given):
-                while not scheduler.free:
-                    done += scheduler.step()
-                scheduler.admit(i, prompt, 70 + i, LENGTHS[i % 4])
-            done += drained(scheduler)
+    engine, done = Engine(model, max_batch=3, max_length=40), list[Generated]()
+    with engine.scheduler(options(model, **MIXES[mix]), streamer) as scheduler:
+        for i, prompt in enumerate(given):
+            while not scheduler.free:
+                done += scheduler.step()
+            scheduler.admit(i, prompt, 70 + i, LENGTHS[i % 4])
+        done += drained(scheduler)
     assert sorted(one.index for one in done) == list(range(13))
     for one in done:
         length = LENGTHS[one.index % 4]
@@ -99,28 +98,28 @@ def test_which_rules_have_a_reach_of_their_own() -> None:
 @torch.inference_mode()
 def test_a_cancelled_row_is_free_and_nobody_else_notices(model: LLaDA, cache: str) -> None:
     given, settings = prompts(9, seed=3), {"policy": "topk", "cache": cache}
-    with Engine(model, max_batch=3, max_length=40) as engine:
-        with engine.scheduler(options(model, **settings)) as scheduler:
-            rows = [scheduler.admit(i, given[i], i) for i in range(3)]
-            for _ in range(5):
-                assert not scheduler.step()
-            assert scheduler.cancel(rows[1]) == 5
-            assert scheduler.free == [rows[1]]
-            for _ in range(4):
-                scheduler.step()
-            assert scheduler.loop.taken[rows[1]] == 5
-            assert scheduler.admit(3, given[3], 3, 16) == rows[1]
-            done = drained(scheduler)
+    engine = Engine(model, max_batch=3, max_length=40)
+    with engine.scheduler(options(model, **settings)) as scheduler:
+        rows = [scheduler.admit(i, given[i], i) for i in range(3)]
+        for _ in range(5):
             assert not scheduler.step()
-            for i in range(4, 7):
-                scheduler.admit(i, given[i], i)
+        assert scheduler.cancel(rows[1]) == 5
+        assert scheduler.free == [rows[1]]
+        for _ in range(4):
             scheduler.step()
-            for row in range(3):
-                scheduler.cancel(row)
-            assert not scheduler.running
-            assert not scheduler.step()
-            scheduler.admit(7, given[7], 7)
-            done += drained(scheduler)
+        assert scheduler.loop.taken[rows[1]] == 5
+        assert scheduler.admit(3, given[3], 3, 16) == rows[1]
+        done = drained(scheduler)
+        assert not scheduler.step()
+        for i in range(4, 7):
+            scheduler.admit(i, given[i], i)
+        scheduler.step()
+        for row in range(3):
+            scheduler.cancel(row)
+        assert not scheduler.running
+        assert not scheduler.step()
+        scheduler.admit(7, given[7], 7)
+        done += drained(scheduler)
     assert sorted(one.index for one in done) == [0, 2, 3, 7]
     for one in done:
         length = 16 if one.index == 3 else 32

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-
 from dllm_engine import LLaDA, tasks
 from dllm_engine.integrations.serve_text import Answer, PromptEncoder
 from dllm_engine.tokenizer import encode_prompt

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-pytest.importorskip("prometheus_client")
-
 from conftest import ending_model, tiny_model
 from test_scheduler import alone, options, prompts
 from test_serve_text import Bytes
@@ -131,6 +128,9 @@ def test_jobs_that_nobody_waits_for_free_their_rows(model: LLaDA, desk: Desk) ->
     kept = [desk.job(prompt, slow) for prompt in prompts(2, seed=2)]
     desk.worker.submit(left)
     desk.worker.submit(kept)
+    deadline = time.monotonic() + 60
+    while desk.worker.running < 2:
+        assert time.monotonic() < deadline
     for job in left:
         desk.worker.cancel(job)
     desk.wait(2)

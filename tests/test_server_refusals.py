@@ -6,14 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
-openai = pytest.importorskip("openai")
-
 from serving import Served, serving
 
 from dllm_engine import LLaDA
