@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -108,7 +109,10 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
             print(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    Announced(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+    # a request has its time limit; what lasts longer is a client that does not read its answer
+    patience = math.ceil(app.state.server.settings.timeout) + 5
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=patience)
+    Announced(config).run(sockets=[listener])
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -32,6 +32,11 @@ class PromptEncoder:
         self._unknown = None if unknown in (*model.end_ids, model.mask_id) else unknown
         self._ids = {*self._control.values()} - {self._unknown}
 
+    @property
+    def busy(self) -> bool:
+        """Whether another thread encodes, and a call would wait for it."""
+        return self._lock.locked()
+
     def text(self, prompt: str) -> list[int]:
         """Ids of a plain prompt.
 

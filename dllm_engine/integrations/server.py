@@ -140,7 +140,7 @@ class Server:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         # digests: the time that comparing takes tells nothing of the key, nor of its length
-        given = _digest(key.strip().encode("latin-1"))  # as Starlette decoded it
+        given = _digest(key.strip(" \t").encode("latin-1"))  # as Starlette decoded it
         if not hmac.compare_digest(given, self._key) or scheme.lower() != "bearer":
             message = "a wrong API key was given" if key else "an API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -224,7 +224,8 @@ class Server:
 
     async def _encoded(self, encode: Callable[[], Any], size: int, param: str) -> Any:
         try:
-            return encode() if size <= _INLINE else await asyncio.to_thread(encode)
+            inline = size <= _INLINE and not self.encoder.busy
+            return encode() if inline else await asyncio.to_thread(encode)
         except ValueError as error:
             raise ApiError(400, str(error), param=param, code="invalid_value") from None
 
