@@ -96,7 +96,9 @@ def test_chat(demo_model: LLaDA, client: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 8, 33, 128])
-@pytest.mark.parametrize("settings", [{}, FIELDS, {"temperature": 0.9, "policy": "topk"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, FIELDS, {"temperature": 0.9, "policy": "topk"}, {"policy": "adablock"}, {"policy": "ete"}], ids=str
+)
 def test_answers_equal_the_decode_alone(demo_model: LLaDA, client: Any, limit: int, settings: dict[str, Any]) -> None:
     body = {key: value for key, value in settings.items() if key != "temperature"}
     heat = {"temperature": settings["temperature"]} if "temperature" in settings else {}

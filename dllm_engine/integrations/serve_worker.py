@@ -143,9 +143,10 @@ class Worker(threading.Thread):
                     self._serve(job.options)
                 except Exception as error:
                     _log.exception("decoding failed")
-                    if not self._running and job in self._waiting:  # its group could not begin
-                        self.cancel(job)
-                        self._running[-1] = job
+                    with self._changed:
+                        if not self._running and job in self._waiting:  # its group could not begin
+                            self._waiting.remove(job)
+                            self._running[-1] = job
                     for failed in self._running.values():
                         self._fail(failed, ApiError(500, f"decoding failed: {error}", code="decoding_failed"))
                     self._running.clear()
