@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Scheduler:
         rows: int,
         longest: int,
         streamer: Callable[[int, Tensor], Any] | None = None,
+        patience: float = math.inf,
     ) -> None:
         # Prompts end at one column and are padded on the left. Lengths of their own would free those columns, but then
         # the blocks of different prompts begin at different columns and every read and write is a gather. A call leaves
@@ -56,6 +58,7 @@ class Scheduler:
         )
         self.state.left.zero_()  # no row has work yet
         self.loop = Loop(model, self.state, options, buffers)
+        self.loop.patience = patience
         self.free = list(range(rows))[::-1]
         self.names, self.seeds, self.ends = [-1] * rows, [0] * rows, [0] * rows
         self.stream = BlockStream(streamer, self.state, self.names) if streamer is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -270,7 +271,9 @@ class Engine:
             )
 
     @contextmanager
-    def scheduler(self, options: Options, streamer: Callable[[int, Tensor], Any] | None = None) -> Iterator[Scheduler]:
+    def scheduler(
+        self, options: Options, streamer: Callable[[int, Tensor], Any] | None = None, patience: float = math.inf
+    ) -> Iterator[Scheduler]:
         """The engine's ``max_batch`` rows, to be filled one by one; until it is left, the engine takes no other call.
 
         To be used in inference mode. An exception raised inside leaves clean buffers.
@@ -278,15 +281,18 @@ class Engine:
         Args:
             options: of all rows; a row may have a shorter ``gen_length`` of its own.
             streamer: called once a committed block with the name under which a prompt was admitted and its tokens.
+            patience: see `Loop`; no answer depends on it.
 
         Raises:
             ValueError: a rule of one batch, or ``gen_length`` leaves no room for a prompt.
             RuntimeError: the engine is closed or busy.
         """
         self._check_rows(options)
-        longest = min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
+        rows, longest = self.max_batch, min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
         with self._lent() as buffers:
-            yield Scheduler(self.model, options, buffers, rows=self.max_batch, longest=longest, streamer=streamer)
+            yield Scheduler(
+                self.model, options, buffers, rows=rows, longest=longest, streamer=streamer, patience=patience
+            )
 
     @contextmanager
     def _lent(self) -> Iterator[Buffers]:

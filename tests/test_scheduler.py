@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dllm_engine import Engine, Generated, LLaDA, decode, policies
 from dllm_engine.continuous import Scheduler
 from dllm_engine.options import Options
 from dllm_engine.policies import AdaBlock, Factor, Policy, Prophet, Random, Threshold
+from dllm_engine.tokenizer import encode_prompt
 
 LENGTHS = (8, 24, 16, 32)
 
@@ -60,6 +62,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "predicted": {"policy": Threshold(0.5), "end_of_text": "predicted"},
     "everything": {"policy": Threshold(0.5), "end_of_text": "off"},
     "by progress": {"policy": Prophet()},
+    "all by progress": {"policy": Prophet(), "end_of_text": "off"},
 }
 
 
@@ -134,3 +137,32 @@ def test_an_engine_has_one_scheduler_at_a_time(model: LLaDA) -> None:
         assert engine.decode([[4]], gen_length=8, block_length=8).forward_passes
         with pytest.raises(ValueError, match="gen_length: 40 given; max_length 40 leaves no room"):
             engine.scheduler(options(model, gen_length=40)).__enter__()
+
+
+@torch.inference_mode()
+def test_rows_inside_a_block_do_not_wait_for_all_new_ones(demo_model: LLaDA) -> None:
+    """While prompts come that need a refresh, a bound on patience gives the others their turn, with the same tokens."""
+    names, given = ("Alan Wells", "Grace Wright", "Amy Ford", "Louis Price"), []
+    for i in range(40):
+        people = ", ".join(f"{j} {names[(i + j) % 4]}" for j in range(4))
+        text = f"{('Reverse', 'Copy', 'Sort')[i % 3]}: {people}"
+        given.append(encode_prompt(demo_model.tokenizer, text, chat=True))
+    waits, found = {}, {}
+    for patience in (math.inf, 2):
+        rule = options(demo_model, policy=Threshold(0.999), block_length=16)
+        engine = Engine(demo_model, max_batch=4, max_length=96)
+        with engine.scheduler(rule, patience=patience) as scheduler:
+            left, begun, longest, done = iter(enumerate(given)), dict[int, int](), 0, list[Generated]()
+            while True:
+                while scheduler.free and (one := next(left, None)) is not None:
+                    scheduler.admit(*one, 0)
+                    begun[one[0]] = scheduler.passes
+                if not scheduler.running:
+                    break
+                for result in scheduler.step():
+                    done.append(result)
+                    longest = max(longest, scheduler.passes - begun[result.index] - result.passes)
+            waits[patience] = longest
+            found[patience] = {one.index: (one.sequence.tolist(), one.passes) for one in done}
+    assert found[2] == found[math.inf]
+    assert waits[2] < waits[math.inf]

@@ -26,6 +26,7 @@ from dllm_engine.integrations.serve_text import Answer
 from dllm_engine.options import Options
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 2  # refreshes for new prompts between two calls of those inside a block
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Worker(threading.Thread):
     def _serve(self, options: Options) -> None:
         """Run the group of ``options`` until its turn is over."""
         self.metrics.groups.inc()
-        with self.engine.scheduler(options, self._told) as scheduler:
+        with self.engine.scheduler(options, self._told, _PATIENCE) as scheduler:
             began = time.monotonic()
             while True:
                 self._give_up(scheduler)
