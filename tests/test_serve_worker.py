@@ -13,6 +13,7 @@ from test_scheduler import alone, options, prompts
 from test_serve_text import Bytes
 
 from dllm_engine import Engine, LLaDA
+from dllm_engine.continuous import Scheduler
 from dllm_engine.integrations.serve_errors import ApiError
 from dllm_engine.integrations.serve_metrics import Metrics
 from dllm_engine.integrations.serve_text import Answer
@@ -122,20 +123,23 @@ def test_groups_take_turns_and_the_oldest_is_never_passed_by_for_long(model: LLa
     patient.worker.join()
 
 
-def test_jobs_that_nobody_waits_for_free_their_rows(model: LLaDA, desk: Desk) -> None:
+def test_jobs_that_nobody_waits_for_free_their_rows(model: LLaDA, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = options(model, policy="topk", end_of_text="off")
     left = [desk.job(prompt, slow) for prompt in prompts(6, seed=1)]
     kept = [desk.job(prompt, slow) for prompt in prompts(2, seed=2)]
-    desk.worker.submit(left)
-    desk.worker.submit(kept)
-    deadline = time.monotonic() + 60
-    while desk.worker.running < 2:
-        assert time.monotonic() < deadline
-    for job in left:
-        desk.worker.cancel(job)
+    begin = desk.worker._begin
+
+    def begun(scheduler: Scheduler, job: Job) -> None:
+        begin(scheduler, job)
+        if job in left:
+            desk.worker.cancel(job)
+
+    monkeypatch.setattr(desk.worker, "_begin", begun)
+    desk.worker.submit([*left, *kept])
     desk.wait(2)
     assert set(desk.order) == set(kept)
     assert desk.worker.waiting == desk.worker.running == 0
+    assert desk.value("dllm_forward_passes_total") <= 3 + 2 * 32, "a row is free after a call"
 
 
 def test_jobs_whose_time_is_over(model: LLaDA, desk: Desk) -> None:
@@ -151,6 +155,14 @@ def test_jobs_whose_time_is_over(model: LLaDA, desk: Desk) -> None:
         assert (error.status, error.code) == (503, "timeout")
 
 
+def test_a_job_whose_time_is_over_is_told_so_while_it_waits(model: LLaDA, desk: Desk) -> None:
+    slow, other = options(model, policy="topk", end_of_text="off"), options(model)
+    jobs = [desk.job([4, 5], slow), desk.job([6], slow), desk.job([7], other, seconds=0.0)]
+    desk.worker.submit(jobs)
+    desk.wait(3)
+    assert desk.order[0] is jobs[2]
+
+
 def test_a_full_queue_takes_all_or_none(model: LLaDA) -> None:
     desk = Desk(model, begin=False, max_queue=3)
     group = options(model)
@@ -163,6 +175,8 @@ def test_a_full_queue_takes_all_or_none(model: LLaDA) -> None:
     assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "1"})
     desk.worker.submit([desk.job([6], group)])
     assert desk.worker.waiting == 3
+    desk.worker.cancel(desk.worker._waiting[-1])
+    desk.worker.submit([desk.job([7], group)])
     desk.worker.stop()  # what was taken is finished
     del desk.worker.is_alive  # type: ignore[attr-defined]
     desk.worker.start()
