@@ -25,7 +25,7 @@ class Loop:
         where: `DecodeState.progress` on the host, as the last step left it.
         passes: model calls made. taken: those that each row's sequence took part in.
         patience: refreshes that sequences inside a block let others have before their own call comes. Without a limit,
-            calls are fewest, but while new prompts keep coming, a sequence may wait until every row is inside a block.
+            and while new prompts keep coming, a sequence may wait until every row is inside a block.
     """
 
     patience: float = math.inf

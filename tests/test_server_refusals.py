@@ -15,7 +15,9 @@ from serving import Served, serving
 
 from dllm_engine import LLaDA
 from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.integrations.serve_protocol import CompletionRequest
 from dllm_engine.integrations.serve_settings import Planner, Settings
+from dllm_engine.integrations.serve_worker import Job
 from dllm_engine.integrations.server import create_app
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -287,3 +289,21 @@ def test_what_settings_are_by_default(demo_model: LLaDA) -> None:
     fitted = Settings("demo", max_length=100).fitted(demo_model)
     assert (fitted.max_length, fitted.max_tokens, fitted.gen_length) == (100, 32, 32)
     assert Planner(demo_model, fitted).longest_prompt == 68
+
+
+def test_which_requests_run_together(demo_model: LLaDA) -> None:
+    planner = Planner(demo_model, Settings("demo", max_length=256).fitted(demo_model))
+
+    def job(**fields: Any) -> Job:
+        return planner.jobs(CompletionRequest(model="demo", prompt="", **fields), [[4]], lambda event: None)[0]
+
+    one, other = job(max_tokens=20, policy="threshold"), job(max_tokens=128, policy="threshold", seed=3)
+    assert one.options is other.options
+    assert (one.gen_length, other.gen_length, one.options.gen_length) == (32, 128, 128)
+    assert job(policy="threshold", temperature=0.5).options is not one.options
+    for policy in ("adablock", "ete"):  # how far they look depends on the length
+        assert [job(max_tokens=n, policy=policy).options.gen_length for n in (20, 32, 33)] == [32, 32, 64]
+    kept = len(planner._kept)
+    for i in range(200):
+        job(temperature=i / 100)
+    assert kept < len(planner._kept) == 64
