@@ -29,6 +29,13 @@ class Served:
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
+    def until(self, name: str, value: float, **labels: str) -> None:
+        """Wait until a metric is that much: a request is counted when its answer is under way."""
+        deadline = time.monotonic() + 60
+        while self.metric(name, **labels) < value:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
     def raw(self, data: bytes, *, leave: bool = False) -> bytes:
         """What comes back for these bytes; ``leave`` closes at once."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:

@@ -55,6 +55,7 @@ def test_end_to_end_on_the_demo_model(run: Run) -> None:
     assert text.count("100%") == 2  # both lines that must give a loop's tokens did
 
 
+@pytest.mark.slow
 def test_serve_load(run: Run) -> None:
     text = run("serve_load.py", "--requests", "24", "--turns", "2", "--sample", "8", "--clients", "4", "--rows", "2")
     assert "36 requests: 0 errors, 0 of 8 differ from a decode alone" in text

@@ -239,7 +239,7 @@ def test_models_health_and_metrics(served: Served, client: Any) -> None:
         "dllm_request_seconds_bucket",
     ):  # fmt: skip
         assert f"\n{name}" in text
-    assert served.metric("dllm_requests_total", endpoint="/v1/chat/completions", status="200") == before + 1
+    served.until("dllm_requests_total", before + 1, endpoint="/v1/chat/completions", status="200")
     assert served.metric("dllm_forward_passes_total") >= answer.usage.forward_passes
 
 
@@ -261,17 +261,13 @@ SLOW = (
 @pytest.mark.parametrize("stream", [b"true", b"false"])
 def test_clients_that_leave_free_their_rows(demo_model: LLaDA, stream: bytes) -> None:
     with serving(demo_model, max_batch=2) as served:
-        gone = 'dllm_requests_total{endpoint="/v1/chat/completions",status="499"}'
         for _ in range(6):
             served.raw(_post(SLOW % stream), leave=True)
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         assert client.chat.completions.create(model="demo", messages=user(REVERSE)).choices[0].message.content == ANSWER
         served.until_idle()
         assert served.metric("dllm_completion_tokens_total") == 8, "nobody's answer was finished for nobody"
-        deadline = time.monotonic() + 10
-        while f"{gone} 6.0" not in served.server.metrics.text().decode():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        served.until("dllm_requests_total", 6, endpoint="/v1/chat/completions", status="499")
 
 
 def test_a_stream_that_is_closed_midway(served: Served, client: Any) -> None:
@@ -328,9 +324,9 @@ def test_requests_that_take_too_long(demo_model: LLaDA) -> None:
         assert (caught.value.status_code, caught.value.code) == (503, "timeout")
         with pytest.raises(openai.APIError, match="took longer than this server allows"):
             list(client.chat.completions.create(**ask, stream=True))
-        served.until_idle()
-        tried = served.metric("dllm_requests_total", endpoint="/v1/chat/completions", status="503")
-        assert tried == 2, "the client is told not to try again"
+        told = {"endpoint": "/v1/chat/completions", "status": "503"}
+        served.until("dllm_requests_total", 2, **told)
+        assert served.metric("dllm_requests_total", **told) == 2, "the client is told not to try again"
 
 
 def test_a_stopping_server_finishes_what_it_took(demo_model: LLaDA) -> None:
