@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_lm_eval, cli_train
+from dllm_engine import cli_eval, cli_lm_eval, cli_serve, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
   dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl
   dllm-engine eval --policy topk threshold=0.9 factor=1.0 --cache none dual
+  dllm-engine serve --port 8000
   dllm-engine eval --sweep --plot frontier --output frontier"""
 
 
@@ -103,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
 
     harness = "lm-evaluation-harness with this engine: lm-eval's own options, tasks and result files."
     cli_lm_eval.add_arguments(commands, harness).set_defaults(run=cli_lm_eval.run)
+    serve = command("serve", _serve, "Serve the model over HTTP, as OpenAI's API does.")
+    _add_model_options(serve)
+    cli_serve.add_arguments(serve)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
@@ -272,6 +276,10 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _train_filter(args: argparse.Namespace) -> None:
     cli_train.run(args, lambda: _model(args))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    cli_serve.run(args, lambda: _model(args))
 
 
 def _info(args: argparse.Namespace) -> None:

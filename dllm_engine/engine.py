@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dllm_engine import continuous, inputs
 from dllm_engine.buffers import Buffers
+from dllm_engine.continuous import Scheduler
 from dllm_engine.kv_cache import KVCache
 from dllm_engine.loop import Loop
 from dllm_engine.model import LLaDA
@@ -231,12 +233,7 @@ class Engine:
             end_of_text=end_of_text,
             backend=self.backend if backend is None else backend,
         )
-        if options.policy.of_one_batch:
-            raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
-        if self.max_length <= options.gen_length:
-            raise ValueError(
-                f"gen_length: {options.gen_length} given; max_length {self.max_length} leaves no room for a prompt"
-            )
+        self._check_rows(options)
         if not isinstance(prompts, Iterable) or isinstance(prompts, str):
             raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")
         if streamer is not None and not callable(streamer):
@@ -252,18 +249,9 @@ class Engine:
         streamer: Callable[[int, Tensor], Any] | None,
         progress: bool,
     ) -> Iterator[Generated]:
-        longest = min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
-        with self._lent() as buffers:
-            results: Iterable[Generated] = continuous.generate(
-                self.model,
-                prompts,
-                options,
-                buffers,
-                rows=self.max_batch,
-                longest=longest,
-                seed=seed,
-                streamer=streamer,
-            )
+        with self.scheduler(options, streamer) as scheduler:
+            buffers = self._buffers
+            results: Iterable[Generated] = continuous.generate(scheduler, prompts, seed)
             if progress:
                 from tqdm import tqdm
 
@@ -273,6 +261,38 @@ class Engine:
                 yield result
                 if self._buffers is not buffers:
                     raise RuntimeError("this engine was closed while it was generating")
+
+    def _check_rows(self, options: Options) -> None:
+        if options.policy.of_one_batch:
+            raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
+        if self.max_length <= options.gen_length:
+            raise ValueError(
+                f"gen_length: {options.gen_length} given; max_length {self.max_length} leaves no room for a prompt"
+            )
+
+    @contextmanager
+    def scheduler(
+        self, options: Options, streamer: Callable[[int, Tensor], Any] | None = None, patience: float = math.inf
+    ) -> Iterator[Scheduler]:
+        """The engine's ``max_batch`` rows, to be filled one by one; until it is left, the engine takes no other call.
+
+        To be used in inference mode. An exception raised inside leaves clean buffers.
+
+        Args:
+            options: of all rows; a row may have a shorter ``gen_length`` of its own.
+            streamer: called once a committed block with the name under which a prompt was admitted and its tokens.
+            patience: see `Loop`; no answer depends on it.
+
+        Raises:
+            ValueError: a rule of one batch, or ``gen_length`` leaves no room for a prompt.
+            RuntimeError: the engine is closed or busy.
+        """
+        self._check_rows(options)
+        rows, longest = self.max_batch, min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
+        with self._lent() as buffers:
+            yield Scheduler(
+                self.model, options, buffers, rows=rows, longest=longest, streamer=streamer, patience=patience
+            )
 
     @contextmanager
     def _lent(self) -> Iterator[Buffers]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,11 @@ class Loop:
     Attributes:
         where: `DecodeState.progress` on the host, as the last step left it.
         passes: model calls made. taken: those that each row's sequence took part in.
+        patience: refreshes that sequences inside a block let others have before their own call comes. Without a limit,
+            and while new prompts keep coming, a sequence may wait until every row is inside a block.
     """
+
+    patience: float = math.inf
 
     def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
         device, policy = model.device, options.policy
@@ -60,14 +65,19 @@ class Loop:
         self.block_calls = None
         if self.rule is not None and graphs.supported(self.forward, options):
             self.block_calls = graphs.BlockCalls(self.forward, self.rule, self.stopping_ids, self.scoring, buffers)
-        self.passes, self.taken = 0, [0] * state.batch
+        self.passes, self.taken, self._waited = 0, [0] * state.batch, 0
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
-    def admit(self, row: int, prompt: Sequence[int], seed: int) -> None:
+    def admit(self, row: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt begins in the row of a finished sequence."""
-        self.state.admit(row, prompt, seed)
-        self.where[row], self.taken[row] = self.state.start, 0
+        self.state.admit(row, prompt, seed, gen_length)
+        self.where[row], self.taken[row] = self.state.start(self.state.prompt_length + gen_length), 0
         self.forward.padding[row] = self.state.prompt_length - len(prompt)
+
+    def release(self, row: int) -> None:
+        """The sequence of a row ends here, wherever it is."""
+        self.state.release(row)
+        self.where[row] = self.state.idle
 
     def step(self) -> list[int]:
         """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""
@@ -75,7 +85,12 @@ class Loop:
         unfinished = [b for b, (*_, left) in enumerate(where) if left > 0]
         if not unfinished:
             return []
-        due, ahead = self._due(unfinished), self._ahead(unfinished)
+        due = self._due(unfinished)
+        inside = [b for b in unfinished if b not in due]
+        self._waited = self._waited + 1 if due and inside else 0
+        if self._waited > self.patience:
+            unfinished, due, self._waited = inside, [], 0
+        ahead = self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
         apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
         joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due))

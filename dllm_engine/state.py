@@ -107,7 +107,7 @@ class DecodeState:
         self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
         self.padding.copy_(padding)
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
-        self._begin(slice(None), prompt)
+        self._begin(slice(None), prompt, self.length)
         self.with_idle.tokens[batch] = fill_id
         self.with_idle.undecided[batch] = False
         self.with_idle.progress[batch] = torch.tensor(self.idle)
@@ -135,19 +135,25 @@ class DecodeState:
         """The idle row of ``progress``: a sequence that ends where it begins."""
         return [self.prompt_length, self.prompt_length, 0, self.length, 0, 0]
 
-    @property
-    def start(self) -> list[int]:
-        """A sequence's row of ``progress`` before its first call."""
-        return [self.prompt_length, self.length, 0, self.length, 0, self.length - self.prompt_length]
+    def start(self, end: int) -> list[int]:
+        """The row of ``progress`` of a sequence with generated columns up to ``end``, before its first call."""
+        return [self.prompt_length, end, 0, self.length, 0, end - self.prompt_length]
 
-    def admit(self, sequence: int, prompt: Sequence[int], seed: int) -> None:
-        """A new prompt takes the place of a sequence that is finished."""
-        padding = self.prompt_length - len(prompt)
+    def admit(self, sequence: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
+        """A new prompt takes a finished sequence's place; columns behind ``gen_length`` are not its own."""
+        padding, end = self.prompt_length - len(prompt), self.prompt_length + gen_length
         ids = torch.tensor([self.fill_id] * padding + list(prompt), device=self.tokens.device)
         self.padding[sequence], self.seeds[sequence] = padding, seed
-        self._begin(slice(sequence, sequence + 1), ids[None])
+        self._begin(slice(sequence, sequence + 1), ids[None], end)
+        self.tokens[sequence, end:] = self.fill_id
+        self.undecided[sequence, end:] = False
 
-    def _begin(self, sequences: slice, prompt: Tensor) -> None:
+    def release(self, sequence: int) -> None:
+        """The sequence takes part in no further call."""
+        self.undecided[sequence] = False
+        self.progress[sequence] = torch.tensor(self.idle, device=self.progress.device)
+
+    def _begin(self, sequences: slice, prompt: Tensor, end: int) -> None:
         for tensor, of_prompt, of_canvas in (
             (self.tokens, prompt, self.mask_id),
             (self.undecided, False, True),
@@ -155,7 +161,7 @@ class DecodeState:
         ):
             tensor[sequences, : self.prompt_length] = of_prompt
             tensor[sequences, self.prompt_length :] = of_canvas
-        self.progress[sequences] = torch.tensor(self.start, device=prompt.device)
+        self.progress[sequences] = torch.tensor(self.start(end), device=prompt.device)
 
     @classmethod
     def of(

@@ -53,13 +53,16 @@ class BlockStream:
         self.streamer, self.state, self.names = streamer, state, names
         self.told = [state.prompt_length] * state.batch
 
+    def restart(self, b: int) -> None:
+        """A new prompt took the place of a sequence."""
+        self.told[b] = self.state.prompt_length
+
     def step(self, joined: list[int], where: list[list[int]]) -> None:
         for b in joined:
-            told, settled, left = self.told[b], _settled(where[b]), where[b][-1]
+            told, settled = self.told[b], _settled(where[b])
             if settled > told:
                 self.streamer(self.names[b], self.state.tokens[b, told:settled].to("cpu", copy=True))
-            # a finished sequence's place may be taken by a new prompt
-            self.told[b] = settled if left else self.state.prompt_length
+                self.told[b] = settled
 
     def end(self) -> None:
         pass

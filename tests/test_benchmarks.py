@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -55,6 +56,15 @@ def test_end_to_end_on_the_demo_model(run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_serve_load(run: Run) -> None:
+    text = run("serve_load.py", "--requests", "24", "--turns", "2", "--sample", "8", "--clients", "4", "--rows", "2")
+    assert "36 requests: 0 errors, 0 of 8 differ from a decode alone" in text
+    accepted, answered, whole, broken = re.findall(r"SIGTERM under load: (\d+) .*?(\d+) .*?(\d+) .*?(\d+) ", text)[0]
+    assert accepted == answered == whole
+    assert broken == "0"
+
+
+@pytest.mark.slow
 def test_end_to_end_with_a_real_vocabulary(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "bars.png"
@@ -76,6 +86,7 @@ def test_end_to_end_with_a_real_vocabulary(run: Run, tmp_path: Path) -> None:
         ("block_step.py", ["--device", "cpu"], "needs a GPU with 15 GiB and more; --small runs on a CPU"),
         ("block_step.py", ["--small", "--lengths", "32"], "--lengths must be above 32"),
         ("scaling.py", ["--device", "cpu", "--shape", "8b"], "LLaDA-8B's shape needs a GPU"),
+        ("serve_load.py", ["--turns", "0"], "--turns, --sample: a turn has at least a request"),
         ("scaling.py", ["--lengths", "--batches", "--gen-lengths"], "are all empty"),
     ],
 )
