@@ -49,17 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds of a request (%(default)s)")
     limits.add_argument("--max-body", type=int, default=1 << 20, metavar="N", help="bytes of a request (%(default)s)")
 
-    group = parser.add_argument_group("decoding", "What requests get that do not say.")
-    group.add_argument("--gen-length", type=int, metavar="N", help="their max_tokens (default: 128)")
-    group.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
-    group.add_argument("--policy", default="auto", metavar="NAME[=VALUE]", help="as for generate (%(default)s)")
-    group.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the best token (%(default)s)"
+    group = parser.add_argument_group(
+        "decoding",
+        "What requests get that do not say. Defaults are those in brackets, unless generation_config.json beside the"
+        " weights says otherwise.",
     )
-    group.add_argument(
-        "--end-of-text", default="auto", metavar="NAME", help="auto, off, committed or predicted (%(default)s)"
-    )
+    group.add_argument("--gen-length", type=int, metavar="N", help="their max_tokens (128)")
+    group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (32)")
+    group.add_argument("--policy", metavar="NAME[=VALUE]", help="as for generate (auto)")
+    group.add_argument("--cache", metavar="NAME", help="none, prefix or dual (dual)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the best token (0)")
+    group.add_argument("--end-of-text", metavar="NAME", help="auto, off, committed or predicted (auto)")
 
 
 def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:

@@ -291,6 +291,20 @@ def test_what_settings_are_by_default(demo_model: LLaDA) -> None:
     assert Planner(demo_model, fitted).longest_prompt == 68
 
 
+def test_a_generation_config_gives_the_servers_defaults(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = {"gen_length": 64, "block_length": 16, "policy": "threshold=0.7", "temperature": 0.5, "steps": 4}
+    monkeypatch.setattr(demo_model, "generation_defaults", beside)
+    planner = Planner(demo_model, Settings("demo", max_length=256).fitted(demo_model))
+    job = planner.jobs(CompletionRequest(model="demo", prompt=""), [[4]], lambda event: None)[0]
+    options = job.options
+    assert (job.gen_length, options.block_length, options.temperature) == (64, 16, 0.5)
+    assert repr(options.policy) == "Threshold(threshold=0.7)"
+    assert options.steps == options.gen_length  # its static schedule is for one length, requests have many
+    planner = Planner(demo_model, Settings("demo", max_length=256, block_length=8, policy="topk").fitted(demo_model))
+    options = planner.jobs(CompletionRequest(model="demo", prompt=""), [[4]], lambda event: None)[0].options
+    assert (options.block_length, repr(options.policy)) == (8, "TopK()")
+
+
 def test_which_requests_run_together(demo_model: LLaDA) -> None:
     planner = Planner(demo_model, Settings("demo", max_length=256).fitted(demo_model))
 

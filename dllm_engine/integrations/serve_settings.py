@@ -14,7 +14,7 @@ from dllm_engine.integrations.serve_protocol import ChatRequest, Request
 from dllm_engine.integrations.serve_text import Answer
 from dllm_engine.integrations.serve_worker import Event, Job
 from dllm_engine.model import LLaDA
-from dllm_engine.options import Options
+from dllm_engine.options import Options, default
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
 
@@ -33,9 +33,11 @@ class Settings:
         model_name: what requests call the model.
         max_batch: prompts at once. max_length: columns of one, prompt and answer; None: 1,024, or the model's if fewer.
         max_tokens: of an answer, a multiple of ``block_length``; prompts have the rest of ``max_length``. None: half.
-        gen_length: an answer's ``max_tokens`` if the request does not say; None: 128, or ``max_tokens`` if fewer.
+        gen_length: an answer's ``max_tokens`` if the request does not say; None: `decode`'s default for this model, or
+            ``max_tokens`` if fewer.
         max_queue: prompts that may wait. timeout: seconds of a request. max_body: bytes of one.
-        policy, cache, block_length, end_of_text, temperature: for requests that do not say.
+        policy, cache, block_length, end_of_text, temperature: for requests that do not say; None: `decode`'s default
+            for this model (``generation_config.json`` is read, but for ``steps`` and ``cfg_scale``).
         api_key: asked for on /v1; None: nobody is asked.
     """
 
@@ -47,11 +49,11 @@ class Settings:
     max_queue: int = 256
     timeout: float = 300.0
     max_body: int = 1 << 20
-    policy: str = "auto"
-    cache: str = "dual"
-    block_length: int = 32
-    end_of_text: str = "auto"
-    temperature: float = 0.0
+    policy: str | None = None
+    cache: str | None = None
+    block_length: int | None = None
+    end_of_text: str | None = None
+    temperature: float | None = None
     api_key: str | None = None
 
     def fitted(self, model: LLaDA) -> Settings:
@@ -66,7 +68,9 @@ class Settings:
                 raise ValueError(f"{name}: {value} given; at least 1 is needed")
         if not self.timeout > 0:
             raise ValueError(f"timeout: {self.timeout} given; more than 0 seconds are needed")
-        longest, block = model.config.max_sequence_length, self.block_length
+        names = ("policy", "cache", "block_length", "end_of_text", "temperature")
+        left_out = {name: default(model, name) for name in names if getattr(self, name) is None}
+        longest, block = model.config.max_sequence_length, self.block_length or left_out["block_length"]
         max_length = min(longest, 1024) if self.max_length is None else self.max_length
         if max_length > longest:
             raise ValueError(f"max_length: {max_length} given; the model has max_sequence_length {longest}")
@@ -75,10 +79,10 @@ class Settings:
             raise ValueError(f"max_tokens: {max_tokens} given; block_length {block} must divide it")
         if max_tokens >= max_length:
             raise ValueError(f"max_tokens: {max_tokens} given; max_length {max_length} leaves no room for a prompt")
-        gen_length = min(128, max_tokens) if self.gen_length is None else self.gen_length
+        gen_length = min(default(model, "gen_length"), max_tokens) if self.gen_length is None else self.gen_length
         if gen_length > max_tokens:
             raise ValueError(f"gen_length: {gen_length} given; max_tokens allows {max_tokens}")
-        return replace(self, max_length=max_length, max_tokens=max_tokens, gen_length=gen_length)
+        return replace(self, max_length=max_length, max_tokens=max_tokens, gen_length=gen_length, **left_out)
 
 
 class Planner:
@@ -92,11 +96,13 @@ class Planner:
         """
         assert settings.max_length is not None
         assert settings.max_tokens is not None
+        assert settings.block_length is not None
         self.model, self.settings, self.max_tokens = model, settings, settings.max_tokens
+        self.block_length = settings.block_length
         self.longest_prompt = settings.max_length - settings.max_tokens
         self.tokenizer = copy.deepcopy(model.tokenizer)  # the engine's thread has its own, see `PromptEncoder`
         self._kept: OrderedDict[tuple[object, ...], Options] = OrderedDict()
-        self._options(Request(model=""), settings.block_length)
+        self._options(Request(model=""), self.block_length)
 
     def jobs(self, request: Request, prompts: Sequence[list[int]], receive: Callable[[Event], None]) -> list[Job]:
         """A job for each prompt; ``receive`` gets their events.
@@ -104,7 +110,7 @@ class Planner:
         Raises:
             ApiError: 400, naming the field.
         """
-        block = self.settings.block_length if request.block_length is None else request.block_length
+        block = self.block_length if request.block_length is None else request.block_length
         if not 1 <= block <= self.max_tokens:
             raise ApiError(400, f"block_length: {block} given; 1 to {self.max_tokens} allowed", param="block_length")
         (name, limit), most = request.limit, self.max_tokens // block * block
@@ -170,7 +176,7 @@ class Planner:
                 longest_prompt=1,
                 gen_length=gen_length,
                 block_length=block,
-                steps=text.steps(gen_length),
+                steps=text.steps(gen_length) or gen_length,  # one token a step, whatever generation_config.json says
                 policy=text.make(self.model),
                 cache=cache,
                 temperature=float(temperature),
