@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_train
+from dllm_engine import cli_eval, cli_ray, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train-filter", _train_filter, "Train a Learn2PD filter on a model's own decodes.")
     _add_model_options(train)
     cli_train.add_arguments(train)
+
+    ray = command("ray-decode", cli_ray.run, "Decode a file of prompts on a Ray cluster; resumable.")
+    _add_model_options(ray)
+    _add_decode_options(ray)
+    cli_ray.add_arguments(ray)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
