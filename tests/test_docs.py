@@ -166,6 +166,10 @@ def test_command(
         if ">" in arguments:
             at = arguments.index(">")
             arguments = arguments[:at]
+        if "--plot" in arguments:
+            pytest.importorskip("matplotlib")
+        if "ray-decode" in arguments:
+            pytest.importorskip("ray")
         if "train-filter" in arguments:  # the others take the filter that is there
             arguments[arguments.index("--output") + 1] = str(tmp_path / "filter")
         with contextlib.redirect_stdout(target):

@@ -162,13 +162,14 @@ def test_shards_hold_the_rows_in_order_and_know_what_is_missing(tmp_path: Path) 
 
 
 def test_a_part_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = some_rows(2)
-    shards = Shards(write(tmp_path / "rows.jsonl", rows), tmp_path / "out", rows_per_task=2, seed=0, settings={})
-    shards.add(0, dict.fromkeys(COLUMNS, 0))
+    rows, output = some_rows(4), tmp_path / "out"
+    shards = Shards(write(tmp_path / "rows.jsonl", rows), output, rows_per_task=2, seed=0, settings={})
+    for index in range(3):
+        shards.add(index, dict.fromkeys(COLUMNS, 0))
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        shards.add(1, dict.fromkeys(COLUMNS, 0))
-    assert read(tmp_path / "out") == []
+        shards.add(3, dict.fromkeys(COLUMNS, 0))
+    assert read(output) == [row | dict.fromkeys(COLUMNS, 0) for row in rows[:2]]
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -336,10 +337,8 @@ def test_a_killed_driver_goes_on_where_it_stopped(demo_model: LLaDA, tmp_path: P
     first.wait()
     there = {part: part.stat().st_mtime_ns for part in output.glob("part-*.jsonl")}
     assert 2 <= len(there) < 6
-    with open(
-        tmp_path / "printed", "w+", encoding="utf-8"
-    ) as printed:  # Ray's own processes hold a pipe open for a while
-        again = [*command, "--workers", "2", "--json"]
+    again = [*command, "--workers", "2", "--json"]
+    with open(tmp_path / "printed", "w+", encoding="utf-8") as printed:  # Ray's processes would hold a pipe open
         subprocess.run(again, env=environment, stdout=printed, stderr=subprocess.DEVNULL, check=True)
         printed.seek(0)
         assert json.load(printed)["decoded"] == 24 - 4 * len(there)
