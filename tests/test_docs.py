@@ -50,6 +50,8 @@ SUBSTITUTIONS = {
     "--chat --prompts": "--gen-length 32 --chat --prompts",
     "--benchmark gsm8k": "--benchmark gsm8k --gen-length 32",
     "train-filter --model": "train-filter --epochs 2 --risk 0.9 --gen-length 32 --model",
+    "benchmarks/ray_decode.py --workers 1 2":
+        "benchmarks/ray_decode.py --workers 1 --prompts 4 --rows-per-task 2 --policy threshold --gen-length 32",
     "benchmarks/decode_step.py": "benchmarks/decode_step.py --shapes 500x32",
     "benchmarks/block_step.py": "benchmarks/block_step.py --layers 1 --lengths 64 --batches 1 --seconds 0",
 }  # fmt: skip
