@@ -1,8 +1,8 @@
 """Workers of Ray against one engine, on the built-in model: ``python benchmarks/ray_decode.py --workers 2``.
 
-The same prompts, settings and seeds; texts must be equal. Ray's seconds are those of `decode_file` on a running cluster,
-with the start of its workers (import, model); the engine's have no start in them. Prints, appends nothing: on one machine
-the workers share what the engine has alone.
+The same prompts, settings and seeds; texts must be equal. Ray's seconds are those of `decode_file` on a running
+cluster, with the start of its workers (import, model); the engine's have no start in them. Prints, appends nothing: on
+one machine the workers share what the engine has alone.
 """
 
 from __future__ import annotations
