@@ -19,8 +19,10 @@ lint: .venv/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: .venv/demo.stamp
-	$(BIN)/pip wheel --no-deps -w dist .
+# The sdist, and the wheel out of it: what is missing in one fails here.
+wheel: .venv/build.stamp
+	rm -rf dist
+	$(BIN)/python -m build
 
 # The whole engine against the loops that people run, at sizes for two cores: about six minutes on an idle machine.
 bench: .venv/plots.stamp

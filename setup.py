@@ -1,7 +1,10 @@
 """Builds dllm_engine._cpu, and dllm_engine._cuda where there is nvcc, with ninja: objects in parallel, and an editable
 install recompiles only what changed.
 
-The native code includes no torch header, so one binary serves every torch. CXX and CXXFLAGS are respected.
+The native code includes no torch header, so one binary serves every torch, and nothing is compiled for the building
+machine's CPU, so it serves every x86-64. CXX and CXXFLAGS are respected.
+DLLM_CPU=1 demands `_cpu`, 0 leaves it out; by default it is built where there is a C++ compiler. Without it the package
+is pure Python and decodes with the backend `eager`; `dllm-engine info` says so.
 DLLM_CUDA=1 demands `_cuda`, 0 leaves it out; by default it is built where both nvcc and a GPU driver are found.
 DLLM_CUDA_ARCHS names its targets: sm_* for machine code, compute_* for PTX that newer cards compile at start.
 """
@@ -23,15 +26,30 @@ SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/decode_step.cpp", "csrc/cpu/scalar
 if X86:
     SOURCES += ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512bf16.cpp"]  # chosen at run time: a wheel runs on older CPUs too
 FLAGS = {"avx2": "-mavx2 -mfma -mf16c", "avx512bf16": "-mavx512f -mavx512bw -mavx512bf16"}
+CXX = os.environ.get("CXX") or "c++"
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/decode_step.cu"]
 CUDA_ARCHS = "sm_80 sm_90a compute_90"
 
 
+def asked(variable: str) -> str:
+    """0, 1 or auto."""
+    value = os.environ.get(variable, "auto")
+    if value not in ("0", "1", "auto"):
+        raise SystemExit(f"{variable}: {value!r} given; 0, 1 or auto allowed")
+    return value
+
+
+def wants_cpu() -> bool:
+    """Whether `_cpu` is to be built. A compiler that is there and fails is an error: a slow install would hide it."""
+    wanted, compiler = asked("DLLM_CPU"), CXX.split()[0]
+    if wanted == "1" and shutil.which(compiler) is None:
+        raise SystemExit(f"DLLM_CPU=1: no {compiler} on the PATH")
+    return wanted != "0" and shutil.which(compiler) is not None
+
+
 def find_nvcc() -> str | None:
     """nvcc, if `_cuda` is to be built."""
-    wanted = os.environ.get("DLLM_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"DLLM_CUDA: {wanted!r} given; 0, 1 or auto allowed")
+    wanted = asked("DLLM_CUDA")
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(home / "bin"))
     if wanted == "1" and nvcc is None:
@@ -63,7 +81,7 @@ class NinjaBuild(build_ext):
         shared = "-bundle -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared"
         cuda = any(source.endswith(".cu") for source in ext.sources)
         lines = [
-            f"cxx = {os.environ.get('CXX', 'c++')}",
+            f"cxx = {CXX}",
             f"flags = {flags}",
             f"nvcc = {NVCC}",
             f"nvcc_flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra {code_flags(ARCHS)}",
@@ -93,7 +111,7 @@ class NinjaBuild(build_ext):
 
 
 NVCC, ARCHS = find_nvcc(), os.environ.get("DLLM_CUDA_ARCHS", CUDA_ARCHS)
-extensions = [Extension("dllm_engine._cpu", SOURCES)]
+extensions = [Extension("dllm_engine._cpu", SOURCES)] if wants_cpu() else []
 if NVCC is not None:
     extensions.append(Extension("dllm_engine._cuda", CUDA_SOURCES))
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

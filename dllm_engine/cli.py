@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_lm_eval, cli_serve, cli_train
+from dllm_engine import cli_eval, cli_lm_eval, cli_ray, cli_serve, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = command("serve", _serve, "Serve the model over HTTP, as OpenAI's API does.")
     _add_model_options(serve)
     cli_serve.add_arguments(serve)
+    ray = command("ray-decode", cli_ray.run, "Decode a file of prompts on a Ray cluster; resumable.")
+    _add_model_options(ray)
+    _add_decode_options(ray)
+    cli_ray.add_arguments(ray)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")

@@ -122,19 +122,21 @@ class Scheduler:
         return Generated(self.names[row], sequence, start - padding, self.loop.taken[row], tokens, self.seeds[row])
 
 
-def generate(scheduler: Scheduler, prompts: Iterable[Sequence[int] | Tensor], seed: int) -> Iterator[Generated]:
-    """`Engine.generate_many` on checked arguments."""
-    source, failure, more = _checked(scheduler, prompts, seed), None, True
+def generate(
+    scheduler: Scheduler, prompts: Iterable[Sequence[int] | Tensor], seed_of: Callable[[int], int]
+) -> Iterator[Generated]:
+    """`Engine.generate_many` on checked arguments; ``seed_of``: a prompt's seed by its index, or ValueError."""
+    source, failure, more = _checked(scheduler, prompts, seed_of), None, True
     while True:
         while more and scheduler.free:
             try:
-                index, ids = next(source)
+                index, ids, seed = next(source)
             except StopIteration:
                 more = False
             except Exception as error:  # the prompts before it are finished first
                 more, failure = False, error
             else:
-                scheduler.admit(index, ids, seed + index)
+                scheduler.admit(index, ids, seed)
         if not scheduler.running:
             break
         yield from scheduler.step()
@@ -144,8 +146,7 @@ def generate(scheduler: Scheduler, prompts: Iterable[Sequence[int] | Tensor], se
 
 
 def _checked(
-    scheduler: Scheduler, prompts: Iterable[Sequence[int] | Tensor], seed: int
-) -> Iterator[tuple[int, list[int]]]:
+    scheduler: Scheduler, prompts: Iterable[Sequence[int] | Tensor], seed_of: Callable[[int], int]
+) -> Iterator[tuple[int, list[int], int]]:
     for index, prompt in enumerate(prompts):
-        inputs.check_seeds(seed + index, 1)
-        yield index, inputs.check_one(scheduler.model, prompt, index, scheduler.longest)
+        yield index, inputs.check_one(scheduler.model, prompt, index, scheduler.longest), seed_of(index)

@@ -198,7 +198,7 @@ class Engine:
         temperature: float | None = None,
         cfg_scale: float | None = None,
         end_of_text: str | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         backend: str | None = None,
         streamer: Callable[[int, Tensor], Any] | None = None,
         progress: bool = False,
@@ -206,8 +206,8 @@ class Engine:
         """Decode any number of prompts, ``max_batch`` at a time, and yield each as soon as it is finished.
 
         Results come **in order of completion**; ``index`` says of which prompt. Each equals the `decode` of that prompt
-        alone with seed ``seed + index``. A prompt is taken from ``prompts`` only when a row is free for it. Until the
-        iterator is exhausted or closed, the engine takes no other call.
+        alone with seed ``seed + index``, or ``seed[index]`` of a list. A prompt is taken from ``prompts`` only when a
+        row is free for it. Until the iterator is exhausted or closed, the engine takes no other call.
 
         Args:
             prompts: lists of ids or LongTensors [P], of at most ``max_length - gen_length`` tokens each.
@@ -238,20 +238,20 @@ class Engine:
             raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")
         if streamer is not None and not callable(streamer):
             raise TypeError(f"streamer: {type(streamer).__name__} given; generate_many takes a callable")
-        return self._many(prompts, options, inputs.check_seeds(seed, 1)[0], streamer, progress)
+        return self._many(prompts, options, inputs.seeds_of(seed), streamer, progress)
 
     @torch.inference_mode()
     def _many(
         self,
         prompts: Iterable[Sequence[int] | Tensor],
         options: Options,
-        seed: int,
+        seed_of: Callable[[int], int],
         streamer: Callable[[int, Tensor], Any] | None,
         progress: bool,
     ) -> Iterator[Generated]:
         with self.scheduler(options, streamer) as scheduler:
             buffers = self._buffers
-            results: Iterable[Generated] = continuous.generate(scheduler, prompts, seed)
+            results: Iterable[Generated] = continuous.generate(scheduler, prompts, seed_of)
             if progress:
                 from tqdm import tqdm
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -173,3 +173,18 @@ def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     if any(not 0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seed: {seed} given; seeds (seed + sequence) must lie in 0 to 2^63 − 1")
     return seeds
+
+
+def seeds_of(seed: int | Sequence[int] | None) -> Callable[[int], int]:
+    """`check_seeds` for prompts whose number is not known: index -> seed, a ValueError where a list is too short."""
+    if seed is None or isinstance(seed, int):
+        first = check_seeds(seed, 1)[0]
+        return lambda index: check_seeds(first + index, 1)[0]
+    seeds = check_seeds(seed, len(seed) if isinstance(seed, Sequence) else 1)
+
+    def listed(index: int) -> int:
+        if index >= len(seeds):
+            raise ValueError(f"seed: {len(seeds)} seeds given; prompt {index} has none")
+        return seeds[index]
+
+    return listed

@@ -11,7 +11,10 @@ MISSING = ""  # why there is no `_cpu`
 try:
     from dllm_engine import _cpu  # type: ignore[attr-defined]
 except ImportError as error:  # a checkout without `pip install -e .`
-    MISSING = f"the compiled module _cpu is missing ({error}); run `pip install -e .`"
+    MISSING = (
+        f"the compiled module _cpu is missing ({error}): no C++ compiler was found when dllm-engine was installed, or"
+        " DLLM_CPU=0 was set; with one on the PATH, install again (`pip install -e .` in a checkout)"
+    )
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = {"auto": 0, "scalar": 1, "avx2": 2}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.demo import DEMO_MODEL
@@ -48,3 +49,48 @@ def tiny_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> LLaDA:
             if parameter.ndim == 2:
                 parameter.normal_(std=scale * 1.6 * parameter.shape[1] ** -0.5, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+SPECIAL = {
+    126080: "<|startoftext|>",
+    126081: "<|endoftext|>",
+    126336: "<|mdm_mask|>",
+    126346: "<|start_header_id|>",
+    126347: "<|end_header_id|>",
+    126348: "<|eot_id|>",
+}
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<|startoftext|>{% endif %}<|start_header_id|>{{ m['role'] }}"
+    "<|end_header_id|> {{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|> {% endif %}"
+)
+
+
+def eight_b_in_miniature(directory: Path) -> Path:
+    """LLaDA-8B's config keys, vocabulary, ids, chat template and shards, with two small layers."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    directory.mkdir()
+    sizes = {"d_model": 64, "mlp_hidden_size": 96, "vocab_size": 126464, "embedding_size": 126464}
+    changes = sizes | {"mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081}
+    (directory / "config.json").write_text(json.dumps(tiny_config(**changes)), encoding="utf-8")
+    model = tiny_model(**changes)
+    tensors = {"model.transformer." + name: p.bfloat16().contiguous() for name, p in model.state_dict().items()}
+    names = sorted(tensors)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file)
+        index |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    words = {SPECIAL.get(i, f"w{i}"): i for i in range(126349)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL.values()])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>", "mask_token": "<|mdm_mask|>", "chat_template": TEMPLATE,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory

@@ -364,6 +364,21 @@ def test_more_rows_than_prompts_and_prompts_of_every_kind(model: LLaDA) -> None:
         same(one, model, prompts[one.index], 4, **SHORT)
 
 
+def test_seeds_of_their_own(model: LLaDA) -> None:
+    prompts, seeds = some_prompts(7), [90, 3, 3, 41, 0, 12, 7]
+    with Engine(model, max_batch=3, max_length=40) as engine:
+        for one in engine.generate_many(prompts, seed=seeds, temperature=1.0, **SHORT):
+            assert one.seed == seeds[one.index]
+            same(one, model, prompts[one.index], one.seed - one.index, temperature=1.0, **SHORT)
+        done: list[Generated] = []
+        with pytest.raises(ValueError, match="seed: 2 seeds given; prompt 2 has none"):
+            drain(engine.generate_many(prompts, seed=seeds[:2], **SHORT), done)
+        assert {one.index for one in done} == {0, 1}
+        for wrong in (-1, [1, -1], [1.5]):
+            with pytest.raises((ValueError, TypeError), match="seed"):
+                engine.generate_many(prompts, seed=wrong, **SHORT)  # type: ignore[arg-type]
+
+
 def test_rows_stay_busy_and_prompts_are_read_as_late_as_possible(model: LLaDA) -> None:
     """An answer comes as soon as it is finished, and its row goes to the next prompt: no wait for the whole batch."""
     prompts, taken, ahead = some_prompts(30), 0, []

@@ -1,0 +1,200 @@
+"""Batch decoding with Ray Data: a pool of actors, each with one model and its engine, on one machine or many."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dllm_engine import inputs
+from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.engine import Engine
+from dllm_engine.integrations.shards import COLUMNS
+from dllm_engine.model import LLaDA
+from dllm_engine.policy_text import PolicyText
+from dllm_engine.refresh import Cache
+from dllm_engine.tokenizer import answer_text, encode_prompt
+
+INDEX = "index"
+# options of a decode with what they are by default
+OPTIONS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Engine.generate_many).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("seed", "streamer", "progress")
+} | {"cache": "dual", "backend": "auto"}
+
+
+def decode_dataset(
+    ds: Any,
+    *,
+    model: str | Path | None = None,
+    workers: int = 1,
+    batch_size: int = 8,
+    rows_per_task: int = 64,
+    seed: int | None = None,
+    chat: bool | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float | None = None,
+    **options: Any,
+) -> Any:
+    """The Ray dataset with five more columns: ``text``, ``generated_tokens``, ``forward_passes`` (ints),
+    ``tokens_per_forward`` (float) and ``seed`` (int). Lazy, as Ray datasets are; the order of rows is Ray's.
+
+    A row's seed is ``seed`` plus its ``index``, so its text depends neither on workers and batches nor on retries of
+    work that was lost with a machine.
+
+    Args:
+        ds: has a column ``prompt`` (texts) or ``messages`` (lists of {"role", "content"}, or their JSON text) or both,
+            and ``index`` (distinct ints ≥ 0).
+        model: directory that every machine sees, or hub id; None is the built-in model.
+        workers: actors, each with a model of its own. batch_size: prompts at once in one.
+        rows_per_task: rows that an actor takes at a time, and loses if it dies.
+        seed: None draws one.
+        chat: put prompts through the chat template; by default only for the built-in model. Messages always are.
+        device, dtype: as for `LLaDA.from_pretrained`; for the built-in model float32.
+        cpus_per_worker: also its threads. What reads ``ds`` needs a CPU that no worker holds, or Ray waits for ever.
+        gpus_per_worker: by default 1 where the cluster has GPUs and ``device`` is not "cpu".
+        options: those of `Engine.generate_many`: ``gen_length``, ``policy`` (an object, or text as the command line
+            takes it), ``cache``, …
+
+    Raises:
+        ImportError: no Ray. TypeError, ValueError: a bad argument, or columns that are missing or in the way.
+        Errors of rows (too long, no prompt) and of loading the model are raised where the dataset is executed.
+    """
+    ray = import_ray()
+    check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
+    options = checked(options)
+    columns = ds.columns() or []
+    if not {"prompt", "messages"} & {*columns}:
+        raise ValueError(f'ds: columns {columns} given; "prompt" or "messages" is needed')
+    if taken := [name for name in COLUMNS if name in columns]:
+        raise ValueError(f"ds: has a column {taken[0]!r} already, which decoding adds; rename it")
+    if INDEX not in columns:  # Ray does not number rows: their order is not its own to keep
+        raise ValueError(
+            f"ds: columns {columns} given; {INDEX!r} is needed, for the seeds: a number of each row, as in"
+            " ray.data.from_items([{'index': i, **row} for i, row in enumerate(rows)])"
+        )
+    if gpus_per_worker is None:
+        gpus_per_worker = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
+    return ds.map_batches(
+        _Worker,
+        fn_constructor_kwargs={
+            "model": absolute(model),
+            "batch_size": batch_size,
+            "seed": inputs.check_seeds(seed, 1)[0],
+            "chat": chat if chat is not None else model is None,
+            "device": device,
+            "dtype": dtype,
+            "options": options,
+        },
+        batch_size=rows_per_task,
+        batch_format="pyarrow",
+        # an actor has its next task at hand, and not the ones that others could do meanwhile
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_worker,
+        num_gpus=gpus_per_worker,
+        udf_modifying_row_count=False,
+    )
+
+
+class _Worker:
+    """What an actor holds; called with a table of rows, gives it back with `COLUMNS`."""
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        batch_size: int,
+        seed: int,
+        chat: bool,
+        device: str | None,
+        dtype: str | None,
+        options: dict[str, Any],
+    ) -> None:
+        dtype = dtype or ("float32" if model is None else None)
+        self._model = LLaDA.from_pretrained(DEMO_MODEL if model is None else model, device=device, dtype=dtype)
+        text = options["policy"]
+        if isinstance(text, PolicyText):
+            steps = text.steps(options["gen_length"], options["steps"])
+            options = options | {"policy": text.make(self._model), "steps": steps}
+        self._options, self._batch_size, self._seed, self._chat = options, batch_size, seed, chat
+        self._engine: Engine | None = None
+
+    def __call__(self, table: Any) -> Any:
+        import pyarrow
+
+        rows = table.to_pylist()
+        gen_length = self._options["gen_length"]
+        longest = self._model.config.max_sequence_length - gen_length
+        prompts = [inputs.check_one(self._model, self._encode(row), row[INDEX], longest) for row in rows]
+        length = max(map(len, prompts)) + gen_length
+        if self._engine is None or self._engine.max_length < length:
+            if self._engine is not None:
+                self._engine.close()  # before its successor takes memory
+            self._engine = Engine(self._model, max_batch=self._batch_size, max_length=length)
+        added: list[tuple[Any, ...]] = [()] * len(rows)
+        seeds = [self._seed + row[INDEX] for row in rows]
+        for one in self._engine.generate_many(prompts, seed=seeds, **self._options):
+            text = answer_text(self._model, one.generated.tolist())
+            rate = round(one.tokens_per_forward, 3)
+            added[one.index] = (text, one.generated_tokens, one.passes, rate, one.seed)
+        types = (pyarrow.string(), pyarrow.int64(), pyarrow.int64(), pyarrow.float64(), pyarrow.int64())
+        for name, type_, values in zip(COLUMNS, types, zip(*added, strict=True), strict=True):
+            table = table.append_column(name, pyarrow.array(values, type_))
+        return table
+
+    def _encode(self, row: dict[str, Any]) -> list[int]:
+        prompt = row.get("messages") or row.get("prompt")
+        try:
+            if row.get("messages") and isinstance(prompt, str):
+                prompt = json.loads(prompt)
+            if not prompt:
+                raise ValueError('neither "prompt" nor "messages"')
+            return encode_prompt(self._model.tokenizer, prompt, chat=self._chat)
+        except ValueError as error:
+            raise ValueError(f"row {row[INDEX]}: {error}") from None
+
+
+def absolute(model: str | Path | None) -> str | None:
+    """A directory's full path, for a worker may run elsewhere; else a hub id.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if model is None or Path(model).is_dir():
+        return None if model is None else str(Path(model).resolve())
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model: no directory {model}, and it is no hub id of the form 'owner/name'")
+    return str(model)
+
+
+def check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """All options of a decode, as far as they can be checked without the model."""
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise TypeError(f"options: {unknown[0]!r} given; known: {', '.join(OPTIONS)}")
+    options = OPTIONS | options
+    inputs.check_options(**{name: options[name] for name in ("end_of_text", "temperature", "cfg_scale")})
+    Cache.of(options["cache"])
+    if isinstance(options["policy"], str):
+        text = PolicyText.parse(options["policy"])
+        text.steps(options["gen_length"], options["steps"])
+        options["policy"] = replace(text, file=text.file and str(Path(text.file).resolve()))
+    return options
+
+
+def import_ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(f'batch decoding on Ray needs Ray Data ({error}): pip install "dllm-engine[ray]"') from None
+    return ray
