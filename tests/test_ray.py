@@ -190,7 +190,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (("--workers", "0"), "workers: 0 given; an int of at least 1"),
         (("--rows-per-task", "0"), "rows_per_task: 0 given"),
         (("--policy", "best"), "policy: 'best' given"),
-        (("--policy", "topk=3"), "tokens a step must divide gen_length 128"),
+        (("--policy", "topk=3", "--gen-length", "128"), "tokens a step must divide gen_length 128"),
         (("--cache", "triple"), "cache: 'triple' given"),
         (("--end-of-text", "soon"), "end_of_text: 'soon' given"),
         (("--model", "./nowhere"), "model: no directory ./nowhere"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +12,12 @@ from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.engine import Engine
 from dllm_engine.integrations.shards import COLUMNS
 from dllm_engine.model import LLaDA
+from dllm_engine.options import DEFAULTS, default
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
 INDEX = "index"
-# options of a decode with what they are by default
-OPTIONS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Engine.generate_many).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("seed", "streamer", "progress")
-} | {"cache": "dual", "backend": "auto"}
 
 
 def decode_dataset(
@@ -59,7 +53,7 @@ def decode_dataset(
         cpus_per_worker: also its threads. What reads ``ds`` needs a CPU that no worker holds, or Ray waits for ever.
         gpus_per_worker: by default 1 where the cluster has GPUs and ``device`` is not "cpu".
         options: those of `Engine.generate_many`: ``gen_length``, ``policy`` (an object, or text as the command line
-            takes it), ``cache``, …
+            takes it), ``cache``, …; what is left out is as for `decode`.
 
     Raises:
         ImportError: no Ray. TypeError, ValueError: a bad argument, or columns that are missing or in the way.
@@ -116,10 +110,12 @@ class _Worker:
     ) -> None:
         dtype = dtype or ("float32" if model is None else None)
         self._model = LLaDA.from_pretrained(DEMO_MODEL if model is None else model, device=device, dtype=dtype)
-        text = options["policy"]
+        options = {"gen_length": default(self._model, "gen_length")} | options
+        text = options.get("policy")
         if isinstance(text, PolicyText):
-            steps = text.steps(options["gen_length"], options["steps"])
-            options = options | {"policy": text.make(self._model), "steps": steps}
+            options["policy"] = text.make(self._model)
+            if text.is_schedule:
+                options["steps"] = text.steps(options["gen_length"], options.get("steps"))
         self._options, self._batch_size, self._seed, self._chat = options, batch_size, seed, chat
         self._engine: Engine | None = None
 
@@ -178,17 +174,20 @@ def check_counts(**counts: Any) -> None:
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """All options of a decode, as far as they can be checked without the model."""
-    if unknown := [name for name in options if name not in OPTIONS]:
-        raise TypeError(f"options: {unknown[0]!r} given; known: {', '.join(OPTIONS)}")
-    options = OPTIONS | options
-    inputs.check_options(**{name: options[name] for name in ("end_of_text", "temperature", "cfg_scale")})
-    Cache.of(options["cache"])
-    if isinstance(options["policy"], str):
-        text = PolicyText.parse(options["policy"])
-        text.steps(options["gen_length"], options["steps"])
-        options["policy"] = replace(text, file=text.file and str(Path(text.file).resolve()))
-    return options
+    """The options of a decode that were given, as far as they can be checked without the model; None is left out."""
+    if unknown := [name for name in options if name not in DEFAULTS]:
+        raise TypeError(f"options: {unknown[0]!r} given; known: {', '.join(DEFAULTS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    every = DEFAULTS | given
+    inputs.check_options(**{name: every[name] for name in ("end_of_text", "temperature", "cfg_scale")})
+    Cache.of(every["cache"])
+    if isinstance(every["policy"], str):
+        text = PolicyText.parse(every["policy"])
+        if "gen_length" in given:  # else the model may have its own
+            text.steps(given["gen_length"], given.get("steps"))
+        if "policy" in given:
+            given["policy"] = replace(text, file=text.file and str(Path(text.file).resolve()))
+    return given
 
 
 def import_ray() -> Any:

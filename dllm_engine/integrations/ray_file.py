@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_engine.integrations.ray import INDEX, OPTIONS, absolute, check_counts, checked, decode_dataset, import_ray
+from dllm_engine.integrations.ray import INDEX, absolute, check_counts, checked, decode_dataset, import_ray
 from dllm_engine.integrations.shards import COLUMNS, Shards
+from dllm_engine.options import DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def decode_file(
     checked(options)
     model, chat = absolute(model), chat if chat is not None else model is None
     how: dict[str, Any] = {"chat": chat, "device": device, "dtype": dtype, **options}
-    held = {"model": model, "rows_per_task": rows_per_task, **OPTIONS, **how}
+    held = {"model": model, "rows_per_task": rows_per_task, **dict.fromkeys(DEFAULTS), **how}
     if unwritable := [name for name, value in held.items() if not isinstance(value, str | int | float | None)]:
         raise TypeError(f"{unwritable[0]}: {held[unwritable[0]]!r} given; text is needed, a later run compares it")
     shards = Shards(prompts, output, rows_per_task=rows_per_task, seed=seed, settings=held)
