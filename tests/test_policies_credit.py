@@ -46,7 +46,7 @@ def test_credit_is_the_dense_definition(threshold: float, peak: float) -> None:
             admitted = True
             base = rng.normal(size=base.shape)
             for b in range(batch):
-                state.admit(b, [1, 1], 0)
+                state.admit(b, [1, 1], 0, 2 * width)
         alive = torch.nonzero(state.left)[:, 0]
         block = state.block(alive, width)
         logits = peak * (1.5 * base + rng.normal(size=base.shape))
