@@ -38,7 +38,8 @@ def test_opcheck(backend: str, name: str, dtype: torch.dtype) -> None:
         hidden.view(2, 8, 16), head, torch.tensor([1, 0]), state.tokens, state.undecided, state.predicted,
         state.progress, state.seeds,
         state.quota, rule.bounds, rule.weights, torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(5, 2, 8), NONE,
-        NONE, torch.tensor([1]), torch.tensor([1, 4]), 3, 1, 0.0, rule.filter_length, rule.cut, True, rule.position, False, backend,
+        NONE, torch.tensor([1]), torch.tensor([1, 4]), 3, 1, 0.0, rule.filter_length, rule.cut, True, rule.position,
+        False, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.dllm.decode_step_.default, step)
 
