@@ -12,6 +12,8 @@ import pytest
 from serving import Served, serving
 
 from dllm_engine import LLaDA, decode
+from dllm_engine.continuous import Scheduler
+from dllm_engine.outputs import Generated
 from dllm_engine.tokenizer import encode_prompt
 
 REVERSE = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Amy Ford"
@@ -83,6 +85,18 @@ def streamed(chunks: Any, *, chat: bool) -> tuple[list[str], str, Any]:
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model calls of at least 20 ms: a fast machine is through with a request before anything can happen to it."""
+    step = Scheduler.step
+
+    def slow_step(scheduler: Scheduler) -> list[Generated]:
+        time.sleep(0.02)
+        return step(scheduler)
+
+    monkeypatch.setattr(Scheduler, "step", slow_step)
 
 
 def test_chat(demo_model: LLaDA, client: Any) -> None:
@@ -259,7 +273,7 @@ SLOW = (
 
 
 @pytest.mark.parametrize("stream", [b"true", b"false"])
-def test_clients_that_leave_free_their_rows(demo_model: LLaDA, stream: bytes) -> None:
+def test_clients_that_leave_free_their_rows(demo_model: LLaDA, slow_steps: None, stream: bytes) -> None:
     with serving(demo_model, max_batch=2) as served:
         for _ in range(6):
             served.raw(_post(SLOW % stream), leave=True)
@@ -280,7 +294,7 @@ def test_a_stream_that_is_closed_midway(served: Served, client: Any) -> None:
     served.until_idle()
 
 
-def test_a_full_queue(demo_model: LLaDA) -> None:
+def test_a_full_queue(demo_model: LLaDA, slow_steps: None) -> None:
     with serving(demo_model, max_batch=1, max_queue=2) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         answered: list[Any] = []
@@ -305,7 +319,7 @@ def test_a_full_queue(demo_model: LLaDA) -> None:
         for thread in threads:
             thread.join(60)
         assert len(answered) + len(refused) == 12
-        assert len(answered) >= 3
+        assert len(answered) >= 2  # what the queue holds; a third, if a row was free before the others came
         assert refused
         for error in refused:
             assert error.response.headers["retry-after"] == "1"
@@ -314,7 +328,7 @@ def test_a_full_queue(demo_model: LLaDA) -> None:
         assert patient.chat.completions.create(model="demo", messages=user(REVERSE)).choices[0].message.content
 
 
-def test_requests_that_take_too_long(demo_model: LLaDA) -> None:
+def test_requests_that_take_too_long(demo_model: LLaDA, slow_steps: None) -> None:
     with serving(demo_model, max_batch=1, timeout=0.1) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=2)
         slow = {"block_length": 1, "policy": "topk", "cache": "none", "end_of_text": "off"}
