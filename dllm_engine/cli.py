@@ -182,23 +182,16 @@ def _answer(
     first: int,
 ) -> None:
     from dllm_engine.decode import decode
+    from dllm_engine.options import DEFAULTS
     from dllm_engine.tokenizer import answer_text
 
     def run(streamer: Any = None) -> Any:
         return decode(
             model,
             prompts,
-            gen_length=args.gen_length,
-            block_length=args.block_length,
-            steps=args.steps,
-            policy=args.policy,
-            cache=args.cache,
-            temperature=args.temperature,
-            cfg_scale=args.cfg_scale,
-            end_of_text=args.end_of_text,
             seed=None if args.seed is None else args.seed + first,
-            backend=args.backend,
             streamer=streamer,
+            **{name: getattr(args, name) for name in DEFAULTS},
         )
 
     if args.watch:

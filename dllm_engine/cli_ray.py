@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     import json
 
     from dllm_engine.integrations.ray_file import decode_file
+    from dllm_engine.options import DEFAULTS
 
     done = decode_file(
         args.prompts,
@@ -65,15 +66,7 @@ def run(args: argparse.Namespace) -> None:
         gpus_per_worker=args.gpus_per_worker,
         address=args.address,
         progress=True,
-        gen_length=args.gen_length,
-        block_length=args.block_length,
-        steps=args.steps,
-        policy=args.policy,
-        cache=args.cache,
-        temperature=args.temperature,
-        cfg_scale=args.cfg_scale,
-        end_of_text=args.end_of_text,
-        backend=args.backend,
+        **{name: getattr(args, name) for name in DEFAULTS},
     )
     if args.json:
         print(json.dumps(asdict(done), indent=1))

@@ -63,9 +63,8 @@ class Settings:
             TypeError, ValueError: what does not fit each other or the model.
         """
         for name in ("max_batch", "block_length", "max_queue", "max_body", "max_length", "max_tokens", "gen_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} given; at least 1 is needed")
+            if (value := getattr(self, name)) is not None:
+                inputs.check_count(name, value)
         if not self.timeout > 0:
             raise ValueError(f"timeout: {self.timeout} given; more than 0 seconds are needed")
         names = ("policy", "cache", "block_length", "end_of_text", "temperature")
