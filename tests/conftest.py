@@ -1,17 +1,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import all_isas, backend_params
 from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.demo import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def isas() -> Iterator[None]:
+    """Each instruction set of the CPU kernel as a backend of its own."""
+    with all_isas():
+        yield
+
+
+@pytest.fixture(params=backend_params(), ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
+def where(request: pytest.FixtureRequest, isas: None) -> tuple[str, str]:
+    """(backend, device)."""
+    backend, device = request.param
+    return backend, device
 
 
 @pytest.fixture(scope="session")

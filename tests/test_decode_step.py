@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, ROWS, SHAPES, all_isas, backend_params, compare, matrices, skip_unsupported
+from cases import DTYPES, INTERPRETED, ROWS, SHAPES, compare, matrices, skip_unsupported
 from cases import truth as truth_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,19 +20,10 @@ from dllm_engine.reference import RowStats
 from dllm_engine.rules import Rule
 from dllm_engine.state import DecodeState
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on lanes that are masked
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _isas() -> Any:
-    with all_isas():
-        yield
-
-
-@pytest.fixture(params=backend_params(), ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
-def where(request: pytest.FixtureRequest) -> tuple[str, str]:
-    backend, device = request.param
-    return backend, device
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy on lanes that are masked
+    pytest.mark.usefixtures("isas"),
+]
 
 
 def small(shape: tuple[int, int], rows: int, backend: str, device: str) -> bool:

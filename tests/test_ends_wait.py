@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED, all_isas, backend_params, matrices
+from cases import INTERPRETED, matrices
 from conftest import ending_model
 from test_decode_step import STATE, fresh_state, rules_for
 from torch import Tensor
@@ -19,19 +19,10 @@ from dllm_engine.policies import FreeDave, Learn2PD, Policy, Threshold
 from dllm_engine.reference import RowStats, commit_
 from dllm_engine.state import BlockState
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on lanes that are masked
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _isas() -> Any:
-    with all_isas():
-        yield
-
-
-@pytest.fixture(params=backend_params(), ids=lambda value: "-".join(value) if isinstance(value, tuple) else None)
-def where(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device)."""
-    return request.param
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy on lanes that are masked
+    pytest.mark.usefixtures("isas"),
+]
 
 
 def by_hand(
