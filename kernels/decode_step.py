@@ -1,4 +1,4 @@
-"""The decode step in Triton, in two launches: partial states of the rows, then their merge and, for a step, the commit.
+"""The decode step in Triton: partial states of the rows, their merge and, for a step, the commit, a launch each.
 
 `dllm_engine.reference` defines what is computed. Runs on CUDA devices, and on CPUs under ``TRITON_INTERPRET=1``.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, add_rest, best_of, finish_rows, finish_step
 from dllm_engine.rules import Step
 
-# Ids whose state is kept apart. Fixed: the order of additions, so a row's result, must not depend on the batch.
-SEGMENT = 512
+# Ids whose state is kept apart, and how many of them are added to it at once. Fixed, whatever the tiles: the order of
+# additions must not depend on the batch. Small parts also bound the registers: the products of a tile stay in theirs.
+SEGMENT, PART = 512, 64
 FLOATS = tl.constexpr(8)  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
 INTS = tl.constexpr(4)  # token, best_id, second_id, bad
 
@@ -34,18 +35,36 @@ class Config:
     stages: int
 
 
-# By number of rows, up to and including the key. Few rows wait for memory: many stages in flight. Many rows compute.
-# None spills registers on sm_80 or sm_90 (tests/test_triton_compiles.py): 128 x 128 tiles would.
-CONFIGS = {16: Config(16, 128, 128, 4, 4), 32: Config(32, 128, 128, 8, 4), 64: Config(64, 128, 64, 8, 4)}
-LARGE = Config(128, 64, 64, 8, 3)
+# By number of rows, up to and including the key; None: more. Few rows wait for memory: many stages in flight, and wide
+# tiles, which read the rows less often. Many rows compute: the larger the tile, the less comes through L2. None spills
+# registers (tests/test_triton_compiles.py). The first table needs the 227 KB of shared memory of sm_90 and sm_100.
+WIDE: dict[int | None, Config] = {
+    16: Config(16, 128, 64, 4, 4),
+    32: Config(32, 256, 64, 8, 4),
+    64: Config(64, 256, 64, 8, 3),
+    None: Config(128, 256, 64, 8, 4),
+}
+NARROW: dict[int | None, Config] = {
+    16: Config(16, 128, 64, 4, 4),
+    32: Config(32, 256, 64, 8, 3),
+    64: Config(64, 128, 64, 8, 4),
+    None: Config(128, 64, 64, 8, 3),
+}
+BUSY: dict[int | None, Config] = {16: Config(16, 64, 64, 4, 4), None: Config(32, 64, 64, 8, 4)}  # noise or probes
 PRECISE = Config(32, 64, 32, 8, 2)  # float32 products, which no tensor core makes
-CANDIDATES = [
-    Config(rows, ids, depth, warps, stages)
-    for rows in (16, 32, 64, 128)
-    for ids, depth in ((128, 64), (128, 128), (256, 64))
-    for warps in (4, 8)
-    for stages in (3, 4)
-]
+
+
+def candidates(count: int) -> list[Config]:
+    """What may be the fastest for so many rows, without those that need more shared memory than any device has."""
+    configs = [
+        Config(rows, ids, depth, warps, stages)
+        for rows in ((64, 128) if count > 64 else (max(16, _padded(count)),))
+        for ids in (64, 128, 256)
+        for depth in (64, 128)
+        for warps in (4, 8)
+        for stages in (3, 4, 5)
+    ]
+    return [c for c in configs if (c.stages - 1) * (c.rows + c.ids) * c.depth * 2 <= 227 * 1024]
 
 
 @triton.jit
@@ -94,17 +113,96 @@ def _gumbel(seed, position, step, columns):
 
 
 @triton.jit
+def _halves(x, ROWS: tl.constexpr, IDS: tl.constexpr):
+    """Left and right half of the columns of ``x`` [ROWS, IDS]."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, IDS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _part(x, part: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, PART: tl.constexpr):
+    """Columns from ``part * PART`` on, ``PART`` of them, of ``x`` [ROWS, IDS]: a whole, half or quarter of it."""
+    if IDS == 4 * PART:
+        left, right = _halves(x, ROWS, IDS)
+        x = left if part < 2 else right
+    if IDS >= 2 * PART:
+        left, right = _halves(x, ROWS, 2 * PART)
+        x = left if part % 2 == 0 else right
+    return x
+
+
+@triton.jit
+def _absorb(
+    won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at,
+    logits, first, vocab, banned, banned_count, excluded, excluded_count, probe_ids, probe_logits, r, live,
+    temperature, seed, position, step,
+    PROBES: tl.constexpr, SAMPLE: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The partial states with the logits [ROWS, PART] of ids ``first`` on; and the places in the lists of ids."""
+    columns = first + tl.arange(0, PART)
+    exists = columns < vocab
+    ids = tl.broadcast_to(columns[None, :], [ROWS, PART])
+    bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
+    logits = tl.where(exists[None, :], logits, NEG_INF)
+    if PROBES > 0:
+        for p in tl.static_range(PROBES):
+            wanted = tl.load(probe_ids + r.to(tl.int64) * PROBES + p, mask=live, other=-1)
+            hit = ids == wanted[:, None]
+            value = tl.sum(tl.where(hit, logits, 0.0), 1)
+            tl.store(probe_logits + r * PROBES + p, value, mask=live & (tl.max(hit.to(tl.int32), 1) > 0))
+    is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, first + PART)
+    is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, first + PART)
+    allowed = tl.where(is_banned[None, :], NEG_INF, logits)
+    normal = tl.where(is_excluded[None, :], NEG_INF, logits)
+
+    part_best, part_best_id = best_of(allowed, ids)
+    part_second, part_second_id = best_of(tl.where(ids == part_best_id[:, None], NEG_INF, allowed), ids)
+    if SAMPLE:
+        part_won, part_token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
+        chosen = ids == part_token[:, None]
+        part_logit = tl.where(part_token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
+    else:
+        part_won, part_logit = part_best, part_best
+        chosen = ids == part_best_id[:, None]
+    is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
+    part_inside = tl.where(is_out, NEG_INF, part_logit)
+    others = tl.where(chosen, NEG_INF, normal)
+    part_top = tl.max(others, 1)
+    shifted = others - tl.where(part_top == NEG_INF, 0.0, part_top)[:, None]
+    e = tl.exp(shifted)
+    part_total = tl.sum(e, 1)
+    part_weighted = tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
+
+    # later ids win only if better; the loser joins the rest
+    newer = part_won > (won if SAMPLE else best)
+    loser = tl.where(newer, inside, part_inside)
+    top, total, weighted = add_rest(top, total, weighted, part_top, part_total, part_weighted)
+    top, total, weighted = add_rest(top, total, weighted, loser, tl.where(loser == NEG_INF, 0.0, 1.0), 0.0)
+    inside = tl.where(newer, part_inside, inside)
+    if SAMPLE:
+        won, token = tl.where(newer, part_won, won), tl.where(newer, part_token, token)
+        logit = tl.where(newer, part_logit, logit)
+    newer = part_best > best
+    runner, runner_id = tl.where(newer, best, second), tl.where(newer, best_id, second_id)
+    rival, rival_id = tl.where(newer, part_second, part_best), tl.where(newer, part_second_id, part_best_id)
+    second, second_id = tl.maximum(runner, rival), tl.where(rival > runner, rival_id, runner_id)
+    best, best_id = tl.where(newer, part_best, best), tl.where(newer, part_best_id, best_id)
+    return (
+        won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at
+    )  # fmt: skip
+
+
+@triton.jit
 def _score_rows(
     hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress, seeds,
     floats, ints,
     dim, vocab, count, hidden_rows, hidden_stride, head_stride, banned_count, excluded_count, temperature,
     width, length, prompt_length,
     PROBES: tl.constexpr, SAMPLE: tl.constexpr, STEP: tl.constexpr, ALL_ROWS: tl.constexpr, UPCAST: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr,
+    SEGMENT: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Partial states of a tile of rows over one segment of the vocabulary."""
-    segment, segments = tl.program_id(0), tl.num_programs(0)
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    segment, segments = tl.program_id(1), tl.num_programs(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < count
     if STEP:
         row = r
@@ -126,6 +224,8 @@ def _score_rows(
             seed = tl.load(noise_keys + r * 3, mask=live, other=0)
             position = tl.load(noise_keys + r * 3 + 1, mask=live, other=0)
             step = tl.load(noise_keys + r * 3 + 2, mask=live, other=0)
+    else:
+        seed, position, step = 0, 0, 0
 
     none = tl.full([ROWS], NEG_INF, tl.float32)
     nobody = tl.full([ROWS], NO_ID, tl.int32)
@@ -136,67 +236,40 @@ def _score_rows(
     base = hidden + row.to(tl.int64) * hidden_stride
     readable = (live & inside_rows)[:, None]
     begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, vocab)
     banned_at = _first_at(banned, banned_count, begin)
     excluded_at = _first_at(excluded, excluded_count, begin)
 
-    for first in range(begin, tl.minimum(begin + SEGMENT, vocab), IDS):
+    # one loop over all tiles and depths, so that a tile's statistics are taken while the next one comes in
+    first, k = begin, 0
+    logits = tl.zeros([ROWS, IDS], tl.float32)
+    for _ in range(tl.cdiv(end - begin, IDS) * tl.cdiv(dim, DEPTH)):
+        at = k + tl.arange(0, DEPTH)
         columns = first + tl.arange(0, IDS)
-        exists = columns < vocab
+        x = tl.load(base[:, None] + at[None, :], mask=readable & (at < dim)[None, :], other=0.0)
         weights = head + columns.to(tl.int64)[:, None] * head_stride
-        logits = tl.zeros([ROWS, IDS], tl.float32)
-        for k in range(0, dim, DEPTH):
-            at = k + tl.arange(0, DEPTH)
-            x = tl.load(base[:, None] + at[None, :], mask=readable & (at < dim)[None, :], other=0.0)
-            w = tl.load(weights + at[None, :], mask=exists[:, None] & (at < dim)[None, :], other=0.0)
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
+        w = tl.load(weights + at[None, :], mask=(columns < vocab)[:, None] & (at < dim)[None, :], other=0.0)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
+        last = k + DEPTH >= dim
+        if last:
+            for part in tl.static_range(IDS // PART):
+                (
+                    won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at,
+                    excluded_at,
+                ) = _absorb(
+                    won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at,
+                    excluded_at, _part(logits, part, ROWS, IDS, PART), first + part * PART, vocab, banned,
+                    banned_count, excluded, excluded_count, probe_ids, probe_logits, r, live, temperature, seed,
+                    position, step, PROBES, SAMPLE, ROWS, PART,
+                )  # fmt: skip
+            logits = tl.zeros([ROWS, IDS], tl.float32)
+        first = tl.where(last, first + IDS, first)
+        k = tl.where(last, 0, k + DEPTH)
 
-        ids = tl.broadcast_to(columns[None, :], [ROWS, IDS])
-        bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
-        logits = tl.where(exists[None, :], logits, NEG_INF)
-        if PROBES > 0:
-            for p in tl.static_range(PROBES):
-                wanted = tl.load(probe_ids + r.to(tl.int64) * PROBES + p, mask=live, other=-1)
-                hit = ids == wanted[:, None]
-                value = tl.sum(tl.where(hit, logits, 0.0), 1)
-                tl.store(probe_logits + r * PROBES + p, value, mask=live & (tl.max(hit.to(tl.int32), 1) > 0))
-        is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, first + IDS)
-        is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, first + IDS)
-        allowed = tl.where(is_banned[None, :], NEG_INF, logits)
-        normal = tl.where(is_excluded[None, :], NEG_INF, logits)
-
-        tile_best, tile_best_id = best_of(allowed, ids)
-        tile_second, tile_second_id = best_of(tl.where(ids == tile_best_id[:, None], NEG_INF, allowed), ids)
-        if SAMPLE:
-            tile_won, tile_token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
-            chosen = ids == tile_token[:, None]
-            tile_logit = tl.where(tile_token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
-        else:
-            tile_won, tile_token, tile_logit = tile_best, tile_best_id, tile_best
-            chosen = ids == tile_token[:, None]
-        is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
-        tile_inside = tl.where(is_out, NEG_INF, tile_logit)
-        others = tl.where(chosen, NEG_INF, normal)
-        tile_top = tl.max(others, 1)
-        shifted = others - tl.where(tile_top == NEG_INF, 0.0, tile_top)[:, None]
-        e = tl.exp(shifted)
-        tile_total = tl.sum(e, 1)
-        tile_weighted = tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
-
-        # later ids win only if better; the loser joins the rest
-        newer = tile_won > won
-        loser = tl.where(newer, inside, tile_inside)
-        top, total, weighted = add_rest(top, total, weighted, tile_top, tile_total, tile_weighted)
-        top, total, weighted = add_rest(top, total, weighted, loser, tl.where(loser == NEG_INF, 0.0, 1.0), 0.0)
-        won, token = tl.where(newer, tile_won, won), tl.where(newer, tile_token, token)
-        logit, inside = tl.where(newer, tile_logit, logit), tl.where(newer, tile_inside, inside)
-        newer = tile_best > best
-        runner, runner_id = tl.where(newer, best, second), tl.where(newer, best_id, second_id)
-        rival, rival_id = tl.where(newer, tile_second, tile_best), tl.where(newer, tile_second_id, tile_best_id)
-        second, second_id = tl.maximum(runner, rival), tl.where(rival > runner, rival_id, runner_id)
-        best, best_id = tl.where(newer, tile_best, best), tl.where(newer, tile_best_id, best_id)
-
+    if not SAMPLE:
+        won, token, logit = best, best_id, best
     out = segment * count + r
     size = segments * count
     tl.store(floats + out, won, mask=live)
@@ -220,14 +293,17 @@ def interpreted() -> bool:
 def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool) -> Config:
     """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
 
-    extras: noise or probes, whose registers only a narrower tile leaves free.
+    extras: noise or probes, whose registers only a smaller tile leaves free.
     """
     if upcast or head.dtype == torch.float32:
         return PRECISE
-    if os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():
+    if extras:
+        table = BUSY
+    elif os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():
         return tune(hidden, head, count)
-    config = next((config for rows, config in CONFIGS.items() if count <= rows), LARGE)
-    return replace(config, ids=64) if extras else config
+    else:
+        table = WIDE if interpreted() or torch.cuda.get_device_capability(head.device)[0] in (9, 10) else NARROW
+    return next(config for rows, config in table.items() if rows is None or count <= rows)
 
 
 def row_stats(
@@ -249,9 +325,7 @@ def row_stats(
         parts = _score(
             hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
         )
-        finish_rows[(triton.cdiv(count, 4),)](
-            *parts, ids, values, count, parts[0].shape[1], SEGMENTS=_padded(parts[0].shape[1]), ROWS=4, num_warps=8
-        )
+        _finish_rows(parts, ids, values, None)
     token, second_token = ids
     logit, second_logit, logsumexp, log_odds, entropy = values
     fields = (token, logit, second_token, second_logit, logsumexp, log_odds, entropy)
@@ -287,13 +361,23 @@ def decode_step_(
         hidden.view(count, dim), lm_head, count, none, banned_ids, excluded_ids, none.view(count, 0), stat_values,
         step.temperature, none, state,
     )  # fmt: skip
+    _finish_rows(parts, stat_ids, stat_values, state)
     finish_step[(batch,)](
-        *parts, stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights,
-        end_ids, waiting_ids, count, parts[0].shape[1], width, tokens.shape[1], step.prompt_length, len(quota),
-        step.fill_id, step.cut, len(end_ids), len(waiting_ids),
-        ALL_ROWS=step.all_rows, DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
-        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), SEGMENTS=_padded(parts[0].shape[1]), ROWS=4,
-        CHUNK=32, num_warps=8,
+        stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights, end_ids,
+        waiting_ids, count, width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
+        len(end_ids), len(waiting_ids),
+        DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
+        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048, num_warps=8,
+    )  # fmt: skip
+
+
+def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, state: tuple[Any, ...] | None) -> None:
+    """Merge partial states. A launch of its own: the few programs that commit would take long over all rows."""
+    _, segments, count = parts[0].shape
+    sequences, undecided, progress, _, width, length, step = state or (*(ids,) * 4, 1, 1, None)
+    finish_rows[(triton.cdiv(count, 4),)](
+        *parts, ids, values, sequences, undecided, progress, count, segments, width, length,
+        STEP=state is not None, ALL_ROWS=step is None or step.all_rows, SEGMENTS=_padded(segments), ROWS=4, num_warps=8,
     )  # fmt: skip
 
 
@@ -315,14 +399,15 @@ def _score(
     # the interpreter multiplies the bits of bfloat16 as integers
     upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)
     config = config or config_for(hidden, head, count, upcast, temperature > 0 or probe_ids.shape[1] > 0)
-    _score_rows[(segments, triton.cdiv(count, config.rows))](
+    # tiles of rows side by side: those of a segment run together, and all but the first find its weights in L2
+    _score_rows[(triton.cdiv(count, config.rows), segments)](
         hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress,
         seeds, floats, ints,
         head.shape[1], len(head), count, len(hidden), hidden.stride(0), head.stride(0), len(banned), len(excluded),
         temperature, width, length, prompt_length,
         PROBES=probe_ids.shape[1], SAMPLE=temperature > 0, STEP=state is not None, ALL_ROWS=all_rows,
         UPCAST=upcast, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
-        num_warps=config.warps, num_stages=config.stages,
+        PART=PART, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return floats, ints
 
@@ -331,16 +416,16 @@ _tuned: dict[tuple[Any, ...], Config] = {}
 
 
 def tune(hidden: Tensor, head: Tensor, count: int) -> Config:
-    """The fastest of `CANDIDATES` for this shape."""
+    """The fastest of the `candidates` for this shape."""
     key = (*head.shape, head.dtype, hidden.dtype, _padded(count))
     if key not in _tuned:
         none = torch.empty(0, dtype=torch.int64, device=head.device)
         ids, rows = none.int(), torch.arange(count, dtype=torch.int32, device=head.device)
         times = {}
-        for config in CANDIDATES:
+        for config in candidates(count):
             call = (hidden, head, count, rows, ids, ids, none.view(count, 0), none, 0.0, none, None, config)
             try:
-                times[config] = triton.testing.do_bench(lambda call=call: _score(*call))
+                times[config] = triton.testing.do_bench(lambda call=call: _score(*call), return_mode="median")
             except triton.runtime.errors.OutOfResources:
                 continue
         _tuned[key] = min(times, key=times.__getitem__)

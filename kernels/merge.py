@@ -1,4 +1,4 @@
-"""Second launch of the decode step: merge the rows' partial states, then select, commit and end the text."""
+"""After the partial states of the decode step: merge each row's, then select, commit and end the text."""
 
 from __future__ import annotations
 
@@ -118,20 +118,28 @@ def ranked(odds):
 
 
 @triton.jit
-def finish_rows(floats, ints, out_ids, out_values, count, segments, SEGMENTS: tl.constexpr, ROWS: tl.constexpr):
+def finish_rows(
+    floats, ints, out_ids, out_values, sequences, undecided, progress, count, segments, width, length,
+    STEP: tl.constexpr, ALL_ROWS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Statistics of some rows; in a step that needs no others, of the undecided ones among them."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _merge_rows(floats, ints, out_ids, out_values, r, r < count, count, segments, SEGMENTS)
+    live = r < count
+    if STEP and not ALL_ROWS:
+        b = tl.load(sequences + r // width, mask=live, other=0)
+        column = tl.load(progress + b * PROGRESS, mask=live, other=0) + r % width
+        live = live & (tl.load(undecided + b * length + column, mask=live, other=0) != 0)
+    _merge_rows(floats, ints, out_ids, out_values, r, live, count, segments, SEGMENTS)
 
 
 @triton.jit
 def finish_step(
-    floats, ints, out_ids, out_values, sequences, tokens, undecided, predicted, progress, quota, bounds, weights,
-    end_ids, waiting_ids, count, segments, width, length, prompt_length, block_length, fill_id, cut, end_count,
-    waiting_count,
-    ALL_ROWS: tl.constexpr, DECIDED_IS_ONE: tl.constexpr, POSITION: tl.constexpr, FILTER: tl.constexpr,
-    FILTER_PAD: tl.constexpr, WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    out_ids, out_values, sequences, tokens, undecided, predicted, progress, quota, bounds, weights, end_ids,
+    waiting_ids, count, width, length, prompt_length, block_length, fill_id, cut, end_count, waiting_count,
+    DECIDED_IS_ONE: tl.constexpr, POSITION: tl.constexpr, FILTER: tl.constexpr, FILTER_PAD: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """One sequence: merge its rows, select, commit, end of text, progress. `reference.commit_` is the definition."""
+    """One sequence: select, commit, end of text, progress. `reference.commit_` is the definition."""
     call_row = tl.program_id(0)
     b = tl.load(sequences + call_row)
     progress += b * PROGRESS
@@ -140,13 +148,6 @@ def finish_step(
     predicted += b * length
     start, old_end = tl.load(progress), tl.load(progress + 1)
     step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
-    for first in range(0, width, ROWS):
-        i = first + tl.arange(0, ROWS)
-        live = i < width
-        if not ALL_ROWS:
-            live = live & (tl.load(undecided + start + i, mask=live, other=0) != 0)
-        _merge_rows(floats, ints, out_ids, out_values, call_row * width + i, live, count, segments, SEGMENTS)
-    tl.debug_barrier()  # the statistics are read back below, by other threads
 
     i = tl.arange(0, WIDTH)
     open_ = (i < width) & (tl.load(undecided + start + i, mask=i < width, other=0) != 0)
@@ -212,18 +213,18 @@ def finish_step(
     tl.store(predicted + start + i, token, mask=open_)
     end = tl.min(tl.where(chosen & _among(token, end_ids, end_count), start + i + 1, old_end), 0)
     tl.debug_barrier()
-    for first in range(end, old_end, CHUNK):
-        c = first + tl.arange(0, CHUNK)
-        tl.store(tokens + c, tl.full([CHUNK], 0, tl.int64) + fill_id, mask=c < old_end)
+    for first in range(end, old_end, LINE):
+        c = first + tl.arange(0, LINE)
+        tl.store(tokens + c, tl.full([LINE], 0, tl.int64) + fill_id, mask=c < old_end)
         tl.store(undecided + c, 0, mask=c < old_end)
     tl.debug_barrier()
-    left = 0
-    in_block = 0
-    for first in range(prompt_length, length, CHUNK):
-        c = first + tl.arange(0, CHUNK)
-        still = tl.load(undecided + c, mask=c < end, other=0).to(tl.int32)
-        left += tl.sum(still, 0)
-        in_block += tl.sum(tl.where((c >= start) & (c < start + width), still, 0), 0)
+    still, still_here = tl.zeros([LINE], tl.int32), tl.zeros([LINE], tl.int32)
+    for first in range(prompt_length, length, LINE):
+        c = first + tl.arange(0, LINE)
+        here = tl.load(undecided + c, mask=c < end, other=0).to(tl.int32)
+        still += here
+        still_here += tl.where((c >= start) & (c < start + width), here, 0)
+    left, in_block = tl.sum(still, 0), tl.sum(still_here, 0)
     tl.store(progress, tl.where(in_block > 0, start, start + block_length))
     tl.store(progress + 1, end)
     tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0))

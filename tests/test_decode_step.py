@@ -76,6 +76,30 @@ def check_against_float64(backend: str, device: str, dim: int, vocab: int, rows:
         assert error <= 8 * budget[name] + 2e-6 * (1 + np.abs(expected["logits"]).max()), name
 
 
+@pytest.mark.parametrize("table", ["WIDE", "NARROW", "BUSY"])
+@pytest.mark.parametrize("rows", [16, 32, 64, None])
+def test_every_size_of_tiles(
+    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, table: str, rows: int | None
+) -> None:
+    """Each tile that may be chosen, whatever the number of rows that it is chosen for: two of rows, some of ids."""
+    backend, device = where
+    if backend != "triton":
+        pytest.skip("tiles of Triton")
+    from dllm_engine.kernels import decode_step as kernels
+
+    if rows not in (configs := getattr(kernels, table)):
+        pytest.skip(f"no tile for {rows} rows in {table}")
+    if device == "cuda" and table == "WIDE" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("these tiles need a large device")
+    config, count, calls = configs[rows], configs[rows].rows + 3, []
+    monkeypatch.setattr(kernels, "config_for", lambda *_: calls.append(1) or config)
+    hidden, head = matrices(count + 2, 136, 1300, torch.float16, peak=3.0, device=device)
+    index = torch.arange(count, dtype=torch.int32, device=device)
+    stats = ops.row_stats(hidden, head, index, banned_ids=(0, 70, 1299), excluded_ids=(70, 511), backend=backend)
+    assert calls
+    compare(stats, truth_of(hidden, head, index, (0, 70, 1299), (70, 511)))
+
+
 @pytest.mark.parametrize("peak", [0.01, 30.0, 300.0])
 def test_flat_and_peaked_data(where: tuple[str, str], peak: float) -> None:
     backend, device = where
