@@ -14,7 +14,7 @@ from dllm_engine.buffers import Buffers
 from dllm_engine.loop import Loop
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
-from dllm_engine.outputs import Generated
+from dllm_engine.outputs import Generated, own
 from dllm_engine.state import DecodeState
 from dllm_engine.streaming import BlockStream
 
@@ -116,7 +116,7 @@ class Scheduler:
 
     def _generated(self, row: int) -> Generated:
         padding, start = self.loop.forward.padding[row], self.state.prompt_length
-        sequence = self.state.tokens[row, padding : self.ends[row]].to("cpu", copy=True)  # host: it is finished
+        sequence = own(self.state.tokens[row, padding : self.ends[row]], "cpu")  # host: it is finished
         ids = sequence[start - padding :].tolist()
         tokens = next((i for i, token in enumerate(ids) if token in self.model.end_ids), len(ids))
         return Generated(self.names[row], sequence, start - padding, self.loop.taken[row], tokens, self.seeds[row])

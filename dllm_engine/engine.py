@@ -19,7 +19,7 @@ from dllm_engine.kv_cache import KVCache
 from dllm_engine.loop import Loop
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options, default, resolve_backend
-from dllm_engine.outputs import DecodeOutput, Generated
+from dllm_engine.outputs import DecodeOutput, Generated, own
 from dllm_engine.policies import Policy
 from dllm_engine.refresh import Cache
 from dllm_engine.state import DecodeState
@@ -178,13 +178,14 @@ class Engine:
             if stream is not None:
                 stream.end()
             is_end = torch.isin(state.tokens[:, state.prompt_length :], loop.end_ids)
-            return DecodeOutput(
-                sequences=state.tokens.clone(),  # the canvas is the next call's
-                forward_passes=loop.passes,
-                sequence_passes=torch.tensor(loop.taken, device=state.tokens.device),
-                generated_tokens=(is_end.cumsum(1) == 0).sum(1),
-                settings=options.told(seeds),
-            )
+            with torch.inference_mode(False):
+                return DecodeOutput(
+                    sequences=own(state.tokens),
+                    forward_passes=loop.passes,
+                    sequence_passes=torch.tensor(loop.taken, device=state.tokens.device),
+                    generated_tokens=own((is_end.cumsum(1) == 0).sum(1)),
+                    settings=options.told(seeds),
+                )
 
     def generate_many(
         self,
@@ -307,9 +308,7 @@ class Engine:
             self._busy, buffers = True, self._buffers
         try:
             yield buffers
-        except GeneratorExit:
-            raise
-        except BaseException:
+        except BaseException:  # also an iterator closed early: keys of the last step may be NaN
             with torch.inference_mode():
                 buffers.zero()
             raise

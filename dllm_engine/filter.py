@@ -103,7 +103,6 @@ class LearnedFilter(nn.Module):
             warnings.warn(
                 f"the filter was trained on cache {self.cache!r} traces, decoding with {cache!r}", stacklevel=5
             )
-        self.to(model.device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``filter.safetensors`` into a directory (made if needed), or to a ``.safetensors`` file."""

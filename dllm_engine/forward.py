@@ -83,21 +83,30 @@ class Forward:
             rows = (slice(s * self.ways, (s + 1) * self.ways) for s in (source, gap))
             self.kv.swap(*rows)
             slots[gap], slots[source] = slots[source], slots[gap]
+            self.key = None  # a call that was planned before writes into the slots of then
         return slots[:count]
 
     def __call__(
-        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int
+        self,
+        joining: list[int],
+        starts: list[int],
+        ends: list[int],
+        *,
+        refresh: bool,
+        width: int,
+        stored: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the first ``width`` rows of each sequence's block.
 
         Args:
             joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s.
             refresh: see the class.
+            stored: of the rows of a block call under ``"dual"``, how many leave keys in the cache; all by default.
 
         Returns:
             int64 [B'], the sequences; [B', width, D], float32 with guidance, else the model's dtype.
         """
-        call = self.planned(joining, starts, ends, refresh=refresh, width=width)
+        call = self.planned(joining, starts, ends, refresh=refresh, width=width, stored=stored)
         if isinstance(call.columns, slice):
             tokens = self.state.tokens[:, call.columns]
             tokens = tokens if call.everyone else tokens.index_select(0, call.sequences)
@@ -113,14 +122,26 @@ class Forward:
             hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return call.sequences, hidden
 
-    def planned(self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int) -> Call:
+    def planned(
+        self,
+        joining: list[int],
+        starts: list[int],
+        ends: list[int],
+        *,
+        refresh: bool,
+        width: int,
+        stored: int | None = None,
+    ) -> Call:
         """What such a call shares with the one before, if nobody moved on."""
-        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
+        stored = width if stored is None or refresh or self.cache != "dual" else stored
+        key = refresh, width, stored, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
         if key != self.key:
-            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
+            self.call, self.key = self._plan(joining, starts, ends, refresh, width, stored), key
         return self.call
 
-    def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
+    def _plan(
+        self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int, stored: int
+    ) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
         padding = [self.padding[b] for b in joining]
         low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
@@ -159,7 +180,11 @@ class Forward:
             rows = [self.slots.index(b) * ways + way for b in joining for way in range(ways)]
             caches = self.kv.whole(rows, slice(low, longest))
         elif self.kv is not None:
-            spread = columns if isinstance(columns, slice) else columns.repeat_interleave(ways, 0)
+            written = columns
+            if stored < width:
+                offset = torch.arange(width, device=device)
+                written = torch.where(offset < stored, start + offset, state.length)
+            spread = written if isinstance(written, slice) else written.repeat_interleave(ways, 0)
             caches = self.kv.block(len(joining) * ways, spread, slice(low, longest))
         if isinstance(columns, Tensor):
             columns = at

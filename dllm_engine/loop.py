@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +17,27 @@ from dllm_engine.end_of_text import predict_end_
 from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
-from dllm_engine.policies.base import decide_
+from dllm_engine.policies.base import Policy, decide_
 from dllm_engine.state import DecodeState
+
+_USERS: dict[int, weakref.ref[Loop]] = {}
+_CHOOSING = threading.Lock()
+
+
+def _not_in_use(policy: Policy, loop: Loop) -> Policy:
+    """The policy, or a copy of it while another decode has it: what a rule remembers belongs to one decode."""
+    key = id(policy)
+
+    def forget(user: weakref.ref[Loop]) -> None:
+        if _USERS.get(key) is user:
+            del _USERS[key]
+
+    with _CHOOSING:
+        user = _USERS.get(key)
+        if user is not None and user() is not None:
+            return copy.copy(policy)
+        _USERS[key] = weakref.ref(loop, forget)
+        return policy
 
 
 class Loop:
@@ -31,7 +53,7 @@ class Loop:
     patience: float = math.inf
 
     def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
-        device, policy = model.device, options.policy
+        device, policy = model.device, _not_in_use(options.policy, self)
         self.model, self.state, self.policy = model, state, policy
         self.forward = Forward(model, state, buffers, cache=options.cache.name, cfg_scale=options.cfg_scale)
         banned = (model.mask_id, *range(model.vocab_size, len(model.lm_head)), *options.extra_banned)
@@ -113,7 +135,7 @@ class Loop:
         where, state, model, reach = self.where, self.state, self.model, self.reach
         starts, ends, width = self._extent(joining)
         rows = max(ends) - min(starts) if ahead else width
-        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
+        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows, stored=width)
         hidden, beyond = hidden[:, :width], hidden[:, reach:]
         if self.rule is not None:
             ops.decode_step_(
@@ -132,7 +154,15 @@ class Loop:
             stats = ops.block_stats(
                 hidden, model.lm_head, block, reads_decided=decided, probe_ids=probes, **self.scoring
             )
-            decide_(self.policy, state, block, stats, end_ids=self.stopping_ids)
+            decide_(
+                self.policy,
+                state,
+                block,
+                stats,
+                end_ids=self.stopping_ids,
+                banned_ids=self.scoring["banned_ids"],
+                rows=len(model.lm_head),
+            )
 
         if ahead:
             chosen = torch.tensor([joining.index(b) for b in ahead], device=hidden.device)
@@ -179,7 +209,12 @@ class Loop:
         """Raise RuntimeError if a sequence of the last step has no token; ``describe``: (sequence, column) -> name."""
         for b in joined:
             if self.where[b][3] < self.state.length:
+                own = (
+                    ""
+                    if self.rule is not None
+                    else f", or {self.policy!r} gave a NaN score or an id that is not allowed"
+                )
                 raise RuntimeError(
                     f"no valid token for {describe(b, self.where[b][3])}:"
-                    " the model gave NaN or infinite logits, or every id is banned"
+                    f" the model gave NaN or infinite logits, or every id is banned{own}"
                 )

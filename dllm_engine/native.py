@@ -35,7 +35,7 @@ def row_stats(
     count = rows.shape[0]
     token, second_token = (torch.empty(count, dtype=torch.int64) for _ in range(2))
     logit, second_logit, logsumexp, log_odds, entropy = (torch.empty(count, dtype=torch.float32) for _ in range(5))
-    probes = torch.empty(count, probe_ids.shape[1], dtype=torch.float32)
+    probes = torch.full((count, probe_ids.shape[1]), -torch.inf)  # of ids that there are not
     if count:
         threads = torch.get_num_threads()
         size = _cpu.scratch_bytes(hidden.shape[1], lm_head.shape[0], count, threads)

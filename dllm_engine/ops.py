@@ -83,7 +83,7 @@ def row_stats(
         *run(
             hidden,
             lm_head,
-            rows.int().contiguous(),
+            rows.clamp(-1, 2**31 - 1).int().contiguous(),  # what is out of range stays so
             _ids(banned_ids, "banned_ids", lm_head),
             _ids(excluded_ids, "excluded_ids", lm_head),
             probe_ids.contiguous(),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def own(tensor: Tensor, device: str | torch.device | None = None) -> Tensor:
+    """A copy for the caller: no view of a buffer, and no inference tensor, so it may be changed and used in a loss."""
+    with torch.inference_mode(False):
+        return tensor.to(device or tensor.device, copy=True)
 
 
 class DecodeOutput(dict[str, Any]):

@@ -234,8 +234,8 @@ def commit_(
 
     Args:
         block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
-        selected: bool [B', S]. tokens: int64 [B', S], what is written where. end_ids: int64 [E], or None for end of
-            text "off".
+        selected: bool [B', S]. tokens: int64 [B', S], what is written where; −1 is nothing and fails.
+        end_ids: int64 [E], or None for end of text "off".
         edited: bool [B', S], positions that are written too; of them only decided ones before the end of the text.
         stays: bool [B'], sequences that stay in their block though it is decided; ``left`` counts one for them.
         lengths: int64 [B'], of their blocks, 1 to S, behind which nothing is committed; by default the block length of
@@ -256,6 +256,8 @@ def commit_(
     chosen = open_ & (selected | (ranked & (rank < block.quota[:, None])))
     chosen &= ~(waits & _behind(open_ & ~chosen)) & ~failed
     written = chosen if edited is None else chosen | (edited & block.active & ~undecided)
+    wrong = written & (tokens < 0)
+    failed, chosen, written = failed | wrong, chosen & ~wrong, written & ~wrong
     if only is not None:
         failed, chosen, written = (mask & only[:, None] for mask in (failed, chosen, written))
     seen = undecided if only is None else undecided & only[:, None]

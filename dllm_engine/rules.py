@@ -7,7 +7,7 @@ and two libraries' sigmoids differ in the last place.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ def least_log_odds(confidence: float, *, above: bool = False) -> float:
     return _log_odds_bounds((wanted.item(),)).item()
 
 
-@cache
+@lru_cache(maxsize=256)  # whoever asks a server may name any threshold
 def _log_odds_bounds(confidences: tuple[float, ...]) -> Tensor:
     """The least float32 log-odds whose sigmoid, rounded to float32, is at least each confidence (as float32); bisected.
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dllm_engine.outputs import own
 from dllm_engine.state import DecodeState
 
 
@@ -61,7 +62,7 @@ class BlockStream:
         for b in joined:
             told, settled = self.told[b], _settled(where[b])
             if settled > told:
-                self.streamer(self.names[b], self.state.tokens[b, told:settled].to("cpu", copy=True))
+                self.streamer(self.names[b], own(self.state.tokens[b, told:settled], "cpu"))
                 self.told[b] = settled
 
     def end(self) -> None:
@@ -73,15 +74,15 @@ class SequenceStream:
 
     def __init__(self, streamer: Any, state: DecodeState) -> None:
         self.streamer, self.state, self.told = streamer, state, state.prompt_length
-        streamer.put(state.tokens[:, : self.told].to("cpu", copy=True))
+        streamer.put(own(state.tokens[:, : self.told], "cpu"))
 
     def step(self, joined: list[int], where: list[list[int]]) -> None:
         settled, end = _settled(where[0]), where[0][1]
         if settled > self.told:
-            self.streamer.put(self.state.tokens[0, self.told : settled].to("cpu", copy=True))
+            self.streamer.put(own(self.state.tokens[0, self.told : settled], "cpu"))
             self.told = settled
         if settled < end:
-            self.streamer.put_draft(self.state.tokens[:, settled:end].to("cpu", copy=True))
+            self.streamer.put_draft(own(self.state.tokens[:, settled:end], "cpu"))
 
     def end(self) -> None:
         self.streamer.end()

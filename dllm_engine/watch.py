@@ -24,7 +24,7 @@ class Watch:
         self.live = Live(console=console, refresh_per_second=30)
         self.done: list[int] = []
         self.draft: list[int] = []
-        self.steps = 0
+        self.steps, self.counted = 0, False
         self.prompt_pending = True
 
     def __enter__(self) -> Watch:
@@ -40,12 +40,14 @@ class Watch:
             self.prompt_pending = False
             return
         tokens = value.flatten().tolist()
+        self.steps, self.counted = self.steps + 1, True  # what follows the block is drawn in the same step
         self._draw(tokens)
         self.done += tokens
         self.draft = self.draft[len(tokens) :]
 
     def put_draft(self, value: Tensor) -> None:
         """The canvas from the first unfinished block on, after each step."""
+        self.steps, self.counted = self.steps + (not self.counted), False
         self._draw(value.flatten().tolist())
 
     def end(self) -> None:
@@ -53,7 +55,6 @@ class Watch:
         self.live.update(self._panel(Text(self._words(self.done))), refresh=True)
 
     def _draw(self, draft: list[int]) -> None:
-        self.steps += 1
         text = Text(self._words(self.done), style="dim")
         before = self.draft or [self.model.mask_id] * len(draft)
         for i, token in enumerate(draft):

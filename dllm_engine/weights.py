@@ -158,7 +158,7 @@ def _read(
                 raise ValueError(f"{file}: {full} is stored as {part.get_dtype()}; supported: {', '.join(_STORED)}")
             stored[name], shapes[name] = (file, full), tuple(part.get_shape())
 
-    if config.weight_tying and HEAD in stored:
+    if config.weight_tying and HEAD in stored and "wte.weight" in stored:
         head, embedding = (files[stored[n][0]].get_tensor(stored[n][1]) for n in (HEAD, "wte.weight"))
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ValueError("config.json says weight_tying true, but the stored LM head differs from the embedding")

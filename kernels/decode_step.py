@@ -320,7 +320,7 @@ def row_stats(
     count, device = len(rows), hidden.device
     ids = torch.empty(2, count, dtype=torch.int64, device=device)
     values = torch.empty(5, count, device=device)
-    probes = torch.empty(probe_ids.shape, device=device)
+    probes = torch.full(probe_ids.shape, -torch.inf, device=device)  # of ids that there are not
     if count:
         parts = _score(
             hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None

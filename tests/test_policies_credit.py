@@ -54,7 +54,7 @@ def test_credit_is_the_dense_definition(threshold: float, peak: float) -> None:
         new = block.step_in_block == 0
         assert not policy._credits[alive[new][:, None], block.columns[new]].any(), "credit of another prompt"
         before = state.undecided.clone()
-        decide_(policy, state, block, stats, end_ids=None)
+        decide_(policy, state, block, stats, end_ids=None, banned_ids=torch.empty(0).long(), rows=ids)
         calls += 1
         for row, b in enumerate(alive.tolist()):
             if int(block.step_in_block[row]) == 0:

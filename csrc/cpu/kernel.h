@@ -120,7 +120,7 @@ struct Impl {
         if (flags == nullptr && count == kIds) {
             const V a = V::load(logits), b = V::load(logits + 8), c = V::load(logits + 16);
             const float most = V::max(V::max(a, b), c).highest();
-            if (V::all_below(a, b, c, INFINITY) && most <= row.second && most <= row.top) {
+            if (V::all_below(a, b, c, INFINITY) && most <= row.second && most <= row.top && row.top > -INFINITY) {
                 const V top = V::all(row.top);
                 const V x = V::sub(a, top), y = V::sub(b, top), z = V::sub(c, top);
                 const V ex = V::exp(x), ey = V::exp(y), ez = V::exp(z);

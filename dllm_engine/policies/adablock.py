@@ -49,18 +49,19 @@ class AdaBlock(Policy):
         self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
 
     def check(self, model: Any, *, block_length: int, cache: str) -> None:
-        self._ids = [d for d in self.delimiters if isinstance(d, int)]
-        for i in self._ids:
+        ids = [d for d in self.delimiters if isinstance(d, int)]
+        for i in ids:
             if not 0 <= i < model.vocab_size:
                 raise ValueError(f"delimiters: {i} given; ids 0 to {model.vocab_size - 1} allowed")
         texts = [d for d in self.delimiters if isinstance(d, str)]
         try:
             for text in texts:
-                self._ids += _single_tokens(model.tokenizer, text)
+                ids += _single_tokens(model.tokenizer, text)
         except FileNotFoundError as error:
             raise ValueError(f"delimiters: {self.delimiters} given; {error}") from None
-        if not self._ids:
+        if not ids:
             raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
+        self._ids = ids
 
     def reach(self, block_length: int, gen_length: int) -> int:
         return min(gen_length, max(block_length, int(self.window * gen_length)))

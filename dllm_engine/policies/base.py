@@ -116,10 +116,28 @@ class RulePolicy(Policy):
         return select(rule, stats, state)
 
 
-def decide_(policy: Policy, state: DecodeState, block: BlockState, stats: RowStats, *, end_ids: Tensor | None) -> None:
+def allowed_tokens(policy: Policy, stats: RowStats, block: BlockState, banned_ids: Tensor, rows: int) -> Tensor:
+    """`Policy.tokens`, −1 where it is an id that may not be written: bans are the engine's. ``rows``: of the head."""
+    tokens = policy.tokens(stats, block)
+    if tokens is stats.token:
+        return tokens
+    return tokens.masked_fill(torch.isin(tokens, banned_ids) | (tokens >= rows), -1)
+
+
+def decide_(
+    policy: Policy,
+    state: DecodeState,
+    block: BlockState,
+    stats: RowStats,
+    *,
+    end_ids: Tensor | None,
+    banned_ids: Tensor,
+    rows: int,
+) -> None:
     """A step of a policy that no kernel decides: ask it, in the order that `Policy` promises, and commit."""
     lengths = policy.block_lengths(stats, block)
-    score, selected, tokens = policy.score(stats, block), policy.select(stats, block), policy.tokens(stats, block)
+    score, selected = policy.score(stats, block), policy.select(stats, block)
+    tokens = allowed_tokens(policy, stats, block, banned_ids, rows)
     edited, stays = policy.edit(stats, block), policy.stay(stats, block)
     commit_(
         state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths,

@@ -43,8 +43,12 @@ class FreeDave(Policy):
         return self.rule_.reads_decided
 
     @property
-    def ends_wait(self) -> bool:  # type: ignore[override]
+    def ends_wait(self) -> bool:
         return self.rule_.ends_wait
+
+    @ends_wait.setter
+    def ends_wait(self, value: bool) -> None:
+        self.rule_.ends_wait = value
 
     def default_steps(self, gen_length: int) -> int | None:
         return self.rule_.default_steps(gen_length)
