@@ -100,6 +100,10 @@ def test_watch_draws_every_step(demo_model: LLaDA) -> None:
     assert "·" in text
     assert "Grace Wright" in text
     assert watch.steps == 32
+    with Watch(demo_model, "a title", Console(file=screen)) as watch:
+        settings = {"gen_length": 64, "block_length": 16, "policy": "topk", "end_of_text": "off"}
+        dllm_engine.decode(demo_model, [prompt], **settings, streamer=watch)
+    assert watch.steps == 64
     assert text.count("step ") >= 32
 
 

@@ -196,6 +196,11 @@ def test_minus_infinity_is_an_impossible_id(where: tuple[str, str]) -> None:
     assert stats.token.tolist() == [6, 6]
     assert stats.logsumexp[0].item() == pytest.approx(np.logaddexp.reduce(x.astype(float)), abs=1e-5)
     assert stats.entropy.isfinite().all()
+    head = head.roll(50, 0)  # also where a segment begins
+    stats = ops.row_stats(hidden, head, torch.arange(2, device=device), backend=backend)
+    assert stats.token.tolist() == [56, 56]
+    weights = np.exp(x - np.logaddexp.reduce(x.astype(float)))
+    assert stats.entropy[0].item() == pytest.approx(-(weights * np.log(weights)).sum(), abs=1e-5)
 
 
 def test_strides_offsets_and_repeated_rows(where: tuple[str, str]) -> None:

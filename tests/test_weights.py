@@ -124,6 +124,11 @@ def test_a_stored_head_beside_tied_embeddings_must_equal_them(tmp_path: Path) ->
     del tensors[PREFIX + "ff_out.weight"]
     save_file(tensors, directory / "model.safetensors")
     LLaDA.from_pretrained(directory)
+    embedding = tensors.pop(PREFIX + "wte.weight")
+    save_file(tensors | {PREFIX + "ff_out.weight": embedding}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"wte\.weight"):
+        LLaDA.from_pretrained(directory)
+    save_file(tensors | {PREFIX + "wte.weight": embedding}, directory / "model.safetensors")
     edit(directory, weight_tying=False)
     with pytest.raises(ValueError, match=r"weight_tying false, but .*ff_out.weight \(the LM head\) is not"):
         LLaDA.from_pretrained(directory)
