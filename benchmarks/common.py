@@ -42,7 +42,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """What a figure needs to be believed: when, which code, where."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return "unknown"
         return done.stdout.strip()
 
     return {
@@ -152,7 +155,7 @@ def fma_rate(threads: int) -> float:
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second: a sum over 1 GiB on a CPU, a device-to-device copy (read and written bytes) on a GPU."""
-    data = torch.zeros(2**28, dtype=torch.float32, device=device)
+    data = torch.rand(2**28, dtype=torch.float32, device=device)
     if device.type == "cuda":
         other = torch.empty_like(data)
         times = [once(lambda: other.copy_(data), device) for _ in range(20)]

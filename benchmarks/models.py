@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_engine import LLaDA, LLaDAConfig
+from dllm_engine.weights import allocate
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def random_model(
     """Normal weights that keep the scale of what passes through them; logits have the standard deviation ``peak``."""
     with torch.device("meta"):
         model = LLaDA(shape.config(max_length))
-    model = model.to(dtype).to_empty(device=device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    model.load_state_dict(allocate(shapes, device, dtype), assign=True)  # laid out as a loaded checkpoint
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

@@ -17,8 +17,9 @@ from torch import Tensor
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, add_rest, best_of, finish_rows, finish_step
 from dllm_engine.rules import Step
 
-# Ids whose state is kept apart, and how many of them are added to it at once. Fixed, whatever the tiles: the order of
-# additions must not depend on the batch. Small parts also bound the registers: the products of a tile stay in theirs.
+# Ids whose state is kept apart, and how many of them are added to it at once: fixed, so that tiles of other sizes (for
+# other numbers of rows) change a result by rounding within a part at most. Small parts also bound the registers: the
+# products of a tile stay in theirs.
 SEGMENT, PART = 512, 64
 FLOATS = tl.constexpr(8)  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
 INTS = tl.constexpr(4)  # token, best_id, second_id, bad
@@ -191,7 +192,11 @@ def _absorb(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "count", "hidden_rows", "banned_count", "excluded_count", "width", "length", "prompt_length"
+    ]
+)  # fmt: skip
 def _score_rows(
     hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress, seeds,
     floats, ints,
@@ -322,10 +327,11 @@ def row_stats(
     values = torch.empty(5, count, device=device)
     probes = torch.full(probe_ids.shape, -torch.inf, device=device)  # of ids that there are not
     if count:
-        parts = _score(
-            hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
-        )
-        _finish_rows(parts, ids, values, None)
+        with torch.cuda.device_of(hidden):  # Triton launches on the current one
+            parts = _score(
+                hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
+            )
+            _finish_rows(parts, ids, values, None)
     token, second_token = ids
     logit, second_logit, logsumexp, log_odds, entropy = values
     fields = (token, logit, second_token, second_logit, logsumexp, log_odds, entropy)
@@ -357,18 +363,19 @@ def decode_step_(
     count, bytes_ = batch * width, undecided.view(torch.uint8)
     state = (sequences, bytes_, progress, seeds, width, tokens.shape[1], step)
     none = stat_ids.view(-1)[:0]
-    parts = _score(
-        hidden.view(count, dim), lm_head, count, none, banned_ids, excluded_ids, none.view(count, 0), stat_values,
-        step.temperature, none, state,
-    )  # fmt: skip
-    _finish_rows(parts, stat_ids, stat_values, state)
-    finish_step[(batch,)](
-        stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights, end_ids,
-        waiting_ids, count, width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
-        len(end_ids), len(waiting_ids),
-        DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
-        FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(hidden):
+        parts = _score(
+            hidden.view(count, dim), lm_head, count, none, banned_ids, excluded_ids, none.view(count, 0), stat_values,
+            step.temperature, none, state,
+        )  # fmt: skip
+        _finish_rows(parts, stat_ids, stat_values, state)
+        finish_step[(batch,)](
+            stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights, end_ids,
+            waiting_ids, count, width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
+            len(end_ids), len(waiting_ids),
+            DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
+            FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048, num_warps=8,
+        )  # fmt: skip
 
 
 def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, state: tuple[Any, ...] | None) -> None:

@@ -117,7 +117,8 @@ def ranked(odds):
     return tl.where(odds >= least, odds, least)
 
 
-@triton.jit
+# Not specialised below: numbers that change from call to call, or a new length of a prompt might wait for a compiler.
+@triton.jit(do_not_specialize=["count", "segments", "width", "length"])
 def finish_rows(
     floats, ints, out_ids, out_values, sequences, undecided, progress, count, segments, width, length,
     STEP: tl.constexpr, ALL_ROWS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
@@ -132,7 +133,11 @@ def finish_rows(
     _merge_rows(floats, ints, out_ids, out_values, r, live, count, segments, SEGMENTS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "count", "width", "length", "prompt_length", "block_length", "fill_id", "end_count", "waiting_count"
+    ]
+)  # fmt: skip
 def finish_step(
     out_ids, out_values, sequences, tokens, undecided, predicted, progress, quota, bounds, weights, end_ids,
     waiting_ids, count, width, length, prompt_length, block_length, fill_id, cut, end_count, waiting_count,
@@ -147,6 +152,8 @@ def finish_step(
     undecided += b * length
     predicted += b * length
     start, old_end = tl.load(progress), tl.load(progress + 1)
+    if start >= old_end:  # rows that fill up a call, all the same one: some must not read what others move on
+        return
     step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
 
     i = tl.arange(0, WIDTH)

@@ -64,17 +64,20 @@ def matrices(
     rows: int, dim: int, vocab: int, dtype: torch.dtype, peak: float = 1.0, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """hidden [rows, dim] and head [vocab, dim]: standard normal, logits with standard deviation ``peak``."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(max(rows, 1), dim, generator=generator)
-    head = torch.randn(vocab, dim, generator=generator) * (peak / dim**0.5)
-    return hidden.to(device, dtype), head.to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(max(rows, 1), dim, generator=generator, device=device)
+    head = torch.randn(vocab, dim, generator=generator, device=device) * (peak / dim**0.5)
+    return hidden.to(dtype), head.to(dtype)
 
 
 def truth(
     hidden: Tensor, head: Tensor, rows: Tensor, banned: tuple[int, ...] = (), excluded: tuple[int, ...] = ()
 ) -> dict[str, np.ndarray]:
     """Statistics in float64 numpy from the rounded inputs; shares no code with the package. Fields [R]."""
-    x = hidden.double().cpu().numpy()[rows.cpu().numpy()] @ head.double().cpu().numpy().T
+    if hidden.device.type == "cpu":
+        x = hidden.double().numpy()[rows.numpy()] @ head.double().numpy().T
+    else:  # a product of large shapes would take the CPU minutes
+        x = (hidden.double()[rows.long()] @ head.double().T).cpu().numpy()
     allowed = x.copy()
     allowed[:, list(banned)] = -np.inf
     token = allowed.argmax(1)

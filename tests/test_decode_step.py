@@ -26,11 +26,11 @@ pytestmark = [
 ]
 
 
-def small(shape: tuple[int, int], rows: int, backend: str, device: str) -> bool:
-    """Sizes that a CPU does in a fast test."""
-    if device == "cuda":
-        return True
+def small(shape: tuple[int, int], rows: int, dtype: torch.dtype, backend: str, device: str) -> bool:
+    """Sizes that a fast test can do; a GPU's tests have minutes, all together."""
     vocab = shape[1]
+    if device == "cuda":
+        return vocab < 100_000 or (rows in (3, 257) and dtype == torch.bfloat16)
     if backend == "triton" or INTERPRETED:
         return vocab <= 4096 and rows <= 33
     return vocab <= 4096 or (vocab == 32003 and rows <= 32 and backend in ("cpu", "eager"))
@@ -44,7 +44,7 @@ def test_row_stats_against_float64(
 ) -> None:
     backend, device = where
     dim, vocab = shape
-    if not small(shape, rows, backend, device):
+    if not small(shape, rows, dtype, backend, device):
         pytest.skip("too large for a fast test; see test_large_shape")
     check_against_float64(backend, device, dim, vocab, rows, dtype)
 
@@ -72,8 +72,10 @@ def check_against_float64(backend: str, device: str, dim: int, vocab: int, rows:
     # eager in the same dtype is the error budget: a kernel may not be much worse than plain torch
     eager = ops.row_stats(hidden, head, index, banned_ids=banned, excluded_ids=excluded, backend="eager")
     budget = compare(eager, expected)
+    # tensor cores cut off, and do not round, what an addition of 16 products leaves below float32
+    cut = 4e-9 * dim if device == "cuda" and dtype != torch.float32 else 0.0
     for name, error in errors.items():
-        assert error <= 8 * budget[name] + 2e-6 * (1 + np.abs(expected["logits"]).max()), name
+        assert error <= 8 * budget[name] + (2e-6 + cut) * (1 + np.abs(expected["logits"]).max()), name
 
 
 @pytest.mark.parametrize("table", ["WIDE", "NARROW", "BUSY"])
@@ -93,7 +95,7 @@ def test_every_size_of_tiles(
         pytest.skip("these tiles need a large device")
     config, count, calls = configs[rows], configs[rows].rows + 3, []
     monkeypatch.setattr(kernels, "config_for", lambda *_: calls.append(1) or config)
-    hidden, head = matrices(count + 2, 136, 1300, torch.float16, peak=3.0, device=device)
+    hidden, head = matrices(count + 2, 144, 1300, torch.float16, peak=3.0, device=device)
     index = torch.arange(count, dtype=torch.int32, device=device)
     stats = ops.row_stats(hidden, head, index, banned_ids=(0, 70, 1299), excluded_ids=(70, 511), backend=backend)
     assert calls
@@ -238,8 +240,10 @@ def test_a_row_is_the_same_in_any_company_and_twice(where: tuple[str, str]) -> N
     for some in ([5], [32, 5, 0], [5, *range(6, 25)]):
         few = ops.row_stats(hidden, head, torch.tensor(some, device=device), backend=backend)
         for a, b in zip(first.fields(), few.fields(), strict=True):
-            if INTERPRETED and a.is_floating_point():  # numpy's product stands in for tl.dot; on some CPUs its order
-                torch.testing.assert_close(a[some], b, rtol=1e-5, atol=1e-5)  # depends on the number of rows
+            # numpy's product stands in for tl.dot, and on some CPUs its order depends on the number of rows; on a GPU
+            # Triton's order within a part of the ids depends on the tile
+            if backend == "triton" and a.is_floating_point():
+                torch.testing.assert_close(a[some], b, rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(a[some], b)
 

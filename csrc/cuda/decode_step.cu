@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(Tile<kRows>::kThreads, 2) decode_step_kernel(c
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     CommitScratch& scratch = reinterpret_cast<CommitScratch*>(shared)[warp];
     for (std::int64_t s = warp; s < c.step.batch; s += kWarps) {
-        scratch.rank = c.ranks + s * c.step.width;
+        if (threadIdx.x % kWarp == 0) scratch.rank = c.ranks + s * c.step.width;
         __syncwarp();
         commit_sequence(c.step, s, WarpTeam{static_cast<int>(threadIdx.x) % kWarp}, scratch);
     }

@@ -117,6 +117,8 @@ DLLM_HD void commit_sequence(const StepArgs& a, std::int64_t call_row, const Tea
     std::uint8_t* undecided = a.undecided + b * a.length;
     std::int64_t* predicted = a.predicted + b * a.length;
     const std::int64_t start = progress[kBlockStart], old_end = progress[kActiveEnd];
+    // Rows that fill up a call, all the same one, end before they begin: some must not read what others move on.
+    if (start >= old_end) return;
     const std::int64_t* token = a.token + call_row * width;
     const float* odds = a.log_odds + call_row * width;
 
