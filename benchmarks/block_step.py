@@ -56,6 +56,7 @@ class BlockStep:
             steps=None, seeds=[0] * batch, mask_id=model.mask_id, fill_id=model.fill_id, buffers=buffers,
         )  # fmt: skip
         self.state.step_in_block.fill_(1)
+        self.state.step.fill_(1)  # at 0 a refresh is due
         self.loop = Loop(model, self.state, options, buffers)
         changed = (self.state.tokens, self.state.undecided, self.state.predicted, self.state.progress)
         self.saved = [(tensor, tensor.clone()) for tensor in changed]

@@ -8,10 +8,12 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from dllm_engine import policies
+from dllm_engine import LLaDA, policies
 from dllm_engine.policy_text import PolicyText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -37,6 +39,26 @@ def test_block_step(run: Run) -> None:
     text = run("block_step.py", "--small", "--layers", "1", "--lengths", "64", "--batches", "2", "--seconds", "0")
     assert "1 layers of 256, 8,192 words, float32" in text
     assert "bytes floor" in text
+
+
+def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed as a step computes the rows of the block, again and again."""
+    import block_step
+    from models import SHAPES, random_model
+
+    model = random_model(SHAPES["tiny"], device=torch.device("cpu"), dtype=torch.float32, max_length=96)
+    step = block_step.BlockStep(model, 2, 96)
+    widths: list[tuple[int, ...]] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, tokens: torch.Tensor, *rest: Any) -> Any:
+        widths.append(tuple(tokens.shape))
+        return hidden_states(self, tokens, *rest)
+
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    step.step()
+    step.step()
+    assert widths == [(2, block_step.BLOCK)] * 2
 
 
 def test_scaling(run: Run, tmp_path: Path) -> None:
