@@ -199,6 +199,13 @@ def _empty(config: LLaDAConfig) -> LLaDA:
         return LLaDA(config)
 
 
+def uninitialised(config: LLaDAConfig, device: torch.device, dtype: torch.dtype) -> LLaDA:
+    """A model whose weights lie as `load_pretrained` lays them, and are anything."""
+    model = _empty(config)
+    _assign(model, _allocate({name: tuple(p.shape) for name, p in model.named_parameters()}, device, dtype))
+    return model
+
+
 def _match(model: LLaDA, shapes: dict[str, tuple[int, ...]], source: str) -> None:
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
