@@ -146,7 +146,7 @@ class Block(nn.Module):
         cache: LayerCache,
         joined: Joined,
     ) -> tuple[Tensor, Tensor]:
-        """`forward` of ``x + delta`` in a third of the launches: a sum that is due is part of the norm that follows.
+        """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
 
         Returns:
             The residual stream and what is still to be added to it.
