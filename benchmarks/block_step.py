@@ -5,7 +5,7 @@ and the host's work around the two: deciding who joins, launching, reading where
 timed alone, the whole as the engine runs it; *host* is the difference (on a busy machine it can come out negative).
 Beside them stands the time that the step cannot beat on this machine: the bytes that it must read (matrices, keys and
 values) over the bandwidth measured in this run, or its multiplications over the rate measured in this run, whichever is
-longer.
+longer. Where the kernels of `dllm_engine.kernels.layer` are used, the step with torch's in their place takes turns too.
 
 Weights and cache are random. All rows of the blocks are undecided: a step's head costs most then.
 """
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from common import append, fma_rate, interleaved, matmul_rate, read_bandwidth
+from common import append, fma_rate, interleaved, matmul_rate, ratio, read_bandwidth
 from models import SHAPES, Shape, random_model
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +57,14 @@ class BlockStep:
             steps=None, seeds=[0] * batch, mask_id=model.mask_id, fill_id=model.fill_id, buffers=buffers,
         )  # fmt: skip
         self.state.step_in_block.fill_(1)
+        self.state.step.fill_(1)  # at 0 a refresh is due
         self.loop = Loop(model, self.state, options, buffers)
+        self.eager_layers = None  # the same on the same buffers, but with torch between the layers' products
+        if self.loop.block_calls is not None and self.loop.block_calls.fused:
+            before = os.environ.get("DLLM_LAYER_KERNELS", "1")
+            os.environ["DLLM_LAYER_KERNELS"] = "0"
+            self.eager_layers = Loop(model, self.state, options, buffers)
+            os.environ["DLLM_LAYER_KERNELS"] = before
         changed = (self.state.tokens, self.state.undecided, self.state.predicted, self.state.progress)
         self.saved = [(tensor, tensor.clone()) for tensor in changed]
         self.where = self.loop.where
@@ -66,7 +74,9 @@ class BlockStep:
     def restore(self) -> None:
         for tensor, saved in self.saved:
             tensor.copy_(saved)
-        self.loop.where = self.where
+        for loop in (self.loop, self.eager_layers):
+            if loop is not None:
+                loop.where = self.where
 
     @torch.inference_mode()
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,10 +95,10 @@ class BlockStep:
         )
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def step(self, loop: Loop | None = None) -> None:
         """Both, as the engine makes them, and the same copy."""
         self.restore()
-        self.loop.step()
+        (loop or self.loop).step()
 
 
 def cache_bytes(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> int:
@@ -113,12 +123,18 @@ def measure(
     contenders: dict[str, Callable[[], Any]] = {
         "forward": block.forward, "decode_step": block.decode_step, "step": block.step,
     }  # fmt: skip
+    if block.eager_layers is not None:
+        contenders["step, eager layers"] = lambda: block.step(block.eager_layers)
     times = interleaved(contenders, model.device, seconds)
     parts = zip(times["step"], times["forward"], times["decode_step"], strict=True)
     read, operations = work(shape, batch, length, model.dtype)
+    eager = times.pop("step, eager layers", None)
+    compared = {} if eager is None else {
+        "step_eager_layers_seconds": statistics.median(eager), "speedup_over_eager_layers": ratio(eager, times["step"]),
+    }  # fmt: skip
     return {
         "benchmark": "block_step", "batch": batch, "length": length, "block": BLOCK, "runs": len(times["step"]),
-        **{f"{name}_seconds": statistics.median(turns) for name, turns in times.items()},
+        **{f"{name}_seconds": statistics.median(turns) for name, turns in times.items()}, **compared,
         "host_seconds": statistics.median(step - forward - op for step, forward, op in parts),
         "bytes": read, "operations": operations, "floor_bytes_seconds": read / roofs["bandwidth"],
         "floor_operations_seconds": operations / roofs["flops"],
@@ -130,14 +146,16 @@ def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     for column in (
         "length", "batch", "step ms", "forward ms", "decode step ms", "host ms", "bytes floor ms", "FLOP floor ms",
-        "of the longer",
+        "of the longer", "step, eager layers",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for r in records:
         names = ("step", "forward", "decode_step", "host", "floor_bytes", "floor_operations")
         cells = [f"{1e3 * r[f'{name}_seconds']:,.2f}" for name in names]
         floor = max(r["floor_bytes_seconds"], r["floor_operations_seconds"])
-        table.add_row(f"{r['length']:,}", str(r["batch"]), *cells, f"{floor / r['step_seconds']:.0%}")
+        seconds = r.get("step_eager_layers_seconds")
+        eager = "" if seconds is None else f"{1e3 * seconds:,.2f}"
+        table.add_row(f"{r['length']:,}", str(r["batch"]), *cells, f"{floor / r['step_seconds']:.0%}", eager)
     console.print(table)
 
 

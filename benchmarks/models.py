@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_engine import LLaDA, LLaDAConfig
-from dllm_engine.weights import allocate
+from dllm_engine import LLaDA, LLaDAConfig, weights
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ def random_model(
     shape: Shape, *, device: torch.device, dtype: torch.dtype, max_length: int, peak: float = 1.0, seed: int = 0
 ) -> LLaDA:
     """Normal weights that keep the scale of what passes through them; logits have the standard deviation ``peak``."""
-    with torch.device("meta"):
-        model = LLaDA(shape.config(max_length))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    model.load_state_dict(allocate(shapes, device, dtype), assign=True)  # laid out as a loaded checkpoint
+    model = weights.uninitialised(shape.config(max_length), device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -65,4 +61,4 @@ def random_model(
         else:
             scale = peak if name == "ff_out.weight" else 1.0
             parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
-    return model.eval().requires_grad_(False)
+    return model

@@ -59,13 +59,14 @@ class BlockCalls:
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
         self.by_kernel = block_attention_available(device, self.model.dtype, self.model.config.head_dim) is None
+        self.fused = self.by_kernel and self._fusable()
         self.joined: list[int] = []
         ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
         self.key = (
             self.state.batch, self.state.prompt_length, length, self.state.block_length,
             rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position, rule.ends_wait,
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
-            tuple(p.data_ptr() for p in self.model.parameters()),
+            self.fused, tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
 
     def __call__(self, joining: list[int]) -> None:
@@ -86,6 +87,14 @@ class BlockCalls:
             kept.graph.replay()
         while len(graphs) > MOST:
             graphs.pop(next(iter(graphs)))
+
+    def _fusable(self) -> bool:
+        """Whether `dllm_engine.kernels.layer` takes this model; ``DLLM_LAYER_KERNELS=0`` leaves layers to torch."""
+        if os.environ.get("DLLM_LAYER_KERNELS", "1") == "0" or not all(self.forward.joined):
+            return False
+        from dllm_engine.kernels.layer import MAX_SIZE
+
+        return self.model.config.d_model <= MAX_SIZE
 
     @property
     def captures(self) -> bool:
@@ -130,7 +139,7 @@ class BlockCalls:
         else:
             seen = additive((self.every < padding) | (self.every >= end), model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
-        hidden = model.hidden_states(tokens, rope, seen, caches, self.forward.joined)
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.forward.joined, self.fused)
         ops.decode_step_(
             hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
         )

@@ -137,6 +137,32 @@ class Block(nn.Module):
             gate, up = F.linear(h, joined.gate_up).chunk(2, dim=-1)
         return x + self.ff_out(F.silu(gate) * up)
 
+    def fused(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        bounds: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        joined: Joined,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
+
+        Returns:
+            The residual stream and what is still to be added to it.
+        """
+        from dllm_engine.kernels.block_attention import block_attention
+        from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
+
+        assert cache.columns is not None
+        assert cache.seen is not None
+        x, h = add_norm(x, delta, self.attn_norm.weight, self.attn_norm.eps)
+        qkv = F.linear(h, joined.qkv, joined.bias)
+        q = rope_write(qkv, *rope, cache.keys, cache.values, cache.columns, heads=self.heads)
+        h = block_attention(q, *cache.seen, *bounds).transpose(1, 2).flatten(2)  # a view
+        x, h = add_norm(x, self.attn_out(h), self.ff_norm.weight, self.ff_norm.eps)
+        return x, self.ff_out(silu_mul(F.linear(h, joined.gate_up)))
+
 
 class LLaDA(nn.Module):
     """A masked diffusion language model of the LLaDA family.
@@ -265,6 +291,7 @@ class LLaDA(nn.Module):
         seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
         joined: list[Joined | None] | None = None,
+        fused: bool = False,
     ) -> Tensor:
         """Final, normed hidden states of the given rows.
 
@@ -276,12 +303,21 @@ class LLaDA(nn.Module):
                 the kernel of block attention.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
             joined: `joined_weights`, where no gradient is wanted.
+            fused: by `Block.fused`. Needs bounds as ``seen``, ``joined`` weights of all layers, and ``caches`` whose
+                first rows are those of the call, each with columns of its own.
 
         Returns:
             [B, S, D] in the model's dtype.
         """
         cos, sin = rope
         x = self.wte(tokens)
+        if fused:
+            from dllm_engine.kernels.layer import add_norm
+
+            delta = None
+            for block, cache, weights in zip(self.blocks, caches or (), joined or (), strict=True):
+                x, delta = block.fused(x, delta, rope, seen, cache, weights)  # type: ignore[operator]
+            return add_norm(x, delta, self.ln_f.weight, self.ln_f.eps)[1]
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, seen, caches[i] if caches else None, joined[i] if joined else None)
         return self.ln_f(x)

@@ -169,7 +169,7 @@ def _read(
 
     file, full = stored["wte.weight"]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
-    tensors = allocate(shapes, device, dtype)
+    tensors = _allocate(shapes, device, dtype)
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1, leave=False):
         for name, (where, full) in stored.items():
             if where == file:
@@ -177,7 +177,7 @@ def _read(
     return tensors
 
 
-def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Where the weights go; those of a layer that are multiplied by the same input lie one behind the other."""
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -197,6 +197,13 @@ def allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: to
 def _empty(config: LLaDAConfig) -> LLaDA:
     with torch.device("meta"):
         return LLaDA(config)
+
+
+def uninitialised(config: LLaDAConfig, device: torch.device, dtype: torch.dtype) -> LLaDA:
+    """A model whose weights lie as `load_pretrained` lays them, and are anything."""
+    model = _empty(config)
+    _assign(model, _allocate({name: tuple(p.shape) for name, p in model.named_parameters()}, device, dtype))
+    return model
 
 
 def _match(model: LLaDA, shapes: dict[str, tuple[int, ...]], source: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from cases import INTERPRETED
 
-from dllm_engine import policies
+from dllm_engine import LLaDA, graphs, policies
 from dllm_engine.policy_text import PolicyText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -37,6 +41,57 @@ def test_block_step(run: Run) -> None:
     text = run("block_step.py", "--small", "--layers", "1", "--lengths", "64", "--batches", "2", "--seconds", "0")
     assert "1 layers of 256, 8,192 words, float32" in text
     assert "bytes floor" in text
+
+
+def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed as a step computes the rows of the block, again and again."""
+    import block_step
+    from models import SHAPES, random_model
+
+    model = random_model(SHAPES["tiny"], device=torch.device("cpu"), dtype=torch.float32, max_length=96)
+    step = block_step.BlockStep(model, 2, 96)
+    widths: list[tuple[int, ...]] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, tokens: torch.Tensor, *rest: Any) -> Any:
+        widths.append(tuple(tokens.shape))
+        return hidden_states(self, tokens, *rest)
+
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    step.step()
+    step.step()
+    assert widths == [(2, block_step.BLOCK)] * 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: both ways take turns on the same buffers and state, each by its own kernels."""
+    import block_step
+    from models import SHAPES, random_model
+
+    calls: list[bool] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, *arguments: Any) -> Any:
+        calls.append(arguments[5:] == (True,))
+        return hidden_states(self, *arguments)
+
+    monkeypatch.setattr(graphs, "supported", lambda forward, options: True)
+    monkeypatch.setattr(block_step, "BLOCK", 2)
+    shape = SHAPES["tiny"]
+    model = random_model(shape, device=torch.device("cpu"), dtype=torch.float32, max_length=8)
+    step = block_step.BlockStep(model, 1, 8)
+    committed = []
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    for loop, fused in ((step.loop, True), (step.eager_layers, False), (step.loop, True)):
+        calls.clear()
+        step.step(loop)
+        assert calls == [fused]
+        committed.append(step.state.tokens.clone())
+    assert all(torch.equal(tokens, committed[0]) for tokens in committed)
+    record = block_step.measure(model, shape, 1, 8, {"bandwidth": 1.0, "flops": 1.0}, 0.0)
+    assert record["step_eager_layers_seconds"] > 0
+    assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
 
 
 def test_scaling(run: Run, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ending_model
 
-from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs, weights
 from dllm_engine.graphs import BlockCalls, Kept
 from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold, TopK
 
@@ -187,23 +187,66 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
-def test_the_kernel_of_block_attention_gives_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole call as on a GPU: the attention kernel reads its bounds from the state, the Triton step commits."""
-    sizes = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}  # heads of 16, the kernel's least
-    model = ending_model(**sizes)
+@pytest.mark.parametrize("layers", ["", "apart", "off"])
+def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch, layers: str) -> None:
+    """The whole call as on a GPU: attention reads its bounds from the state, the layer's kernels write the cache, the
+    Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch.
+    """
+    sizes: dict[str, Any] = {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "mlp_hidden_size": 50}  # heads of 16
+    torch.manual_seed(0)  # biases
+    model = source = ending_model(**sizes, include_qkv_bias=True)
+    if layers != "apart":
+        model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+        model.load_state_dict(source.state_dict())
+    monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
-    seen: list[Any] = []
+    seen: list[tuple[Any, bool]] = []
     hidden_states = LLaDA.hidden_states
 
-    def noted(self: LLaDA, tokens: Any, rope: Any, keys: Any = None, *rest: Any) -> Any:
-        seen.append(type(keys))
-        return hidden_states(self, tokens, rope, keys, *rest)
+    def noted(self: LLaDA, tokens: Any, rope: Any, keys: Any, caches: Any, joined: Any, fused: bool = False) -> Any:
+        seen.append((type(keys), fused))
+        return hidden_states(self, tokens, rope, keys, caches, joined, fused)
 
     with monkeypatch.context() as patch:
         patch.setattr(graphs, "supported", lambda forward, options: False)
-        want = decode(model, PROMPTS[:3], backend="cpu", **settings)
+        want = decode(source, PROMPTS[:3], backend="cpu", **settings)
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
     out = decode(model, PROMPTS[:3], backend="triton", **settings)
-    assert tuple in seen, "the kernel was not called"
+    block_calls = [call for call in seen if call[0] is tuple]
+    assert block_calls, "the kernel of attention was not called"
+    assert block_calls == [(tuple, not layers)] * len(block_calls)
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.sequence_passes, want.sequence_passes)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has graphs of its own on the same buffers; rows too wide for the norm go the other way."""
+    source = ending_model(d_model=32, n_heads=2, n_kv_heads=2)
+    model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+    model.load_state_dict(source.state_dict())
+    calls: list[bool] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, *arguments: Any) -> Any:
+        calls.append(arguments[5:] == (True,))
+        return hidden_states(self, *arguments)
+
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    found = []
+    for value, most in (("1", 32), ("0", 32), ("1", 32), ("1", 31)):
+        monkeypatch.setenv("DLLM_LAYER_KERNELS", value)
+        monkeypatch.setattr(layer_kernels(), "MAX_SIZE", most)
+        calls.clear()
+        out = decode(model, PROMPTS[1:2], policy="topk", gen_length=4, block_length=4, backend="triton")
+        found.append(out.sequences)
+        assert any(calls) == (value == "1" and most == 32)
+    assert Fake.captures == 2
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def layer_kernels() -> Any:
+    """Imported late: it imports Triton."""
+    from dllm_engine.kernels import layer
+
+    return layer

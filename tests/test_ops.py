@@ -187,7 +187,7 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("kernel", ["decode_step", "block_attention"])
+@pytest.mark.parametrize("kernel", ["decode_step", "block_attention", "layer_kernels"])
 def test_interpreted_triton(kernel: str) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
     pytest.importorskip("triton")
@@ -196,7 +196,7 @@ def test_interpreted_triton(kernel: str) -> None:
 
 def test_interpreted_block_calls() -> None:
     pytest.importorskip("triton")
-    interpreted("tests/test_graphs.py::test_the_kernel_of_block_attention_gives_the_same_tokens")
+    interpreted("tests/test_graphs.py", "tests/test_benchmarks.py", "-k", "kernels")
 
 
 @pytest.mark.slow

@@ -18,15 +18,19 @@ POINTERS = {
     "noise_keys": "i64", "sequences": "i64", "undecided": "u8", "progress": "i64", "seeds": "i64", "floats": "fp32",
     "ints": "i32", "out_ids": "i64", "out_values": "fp32", "tokens": "i64", "quota": "i64", "bounds": "fp32",
     "weights": "fp32", "waiting_ids": "i64", "end_ids": "i64", "predicted": "i64", "first": "i64", "end": "i64",
-    "parts": "fp32",
+    "parts": "fp32", "cos": "fp32", "sin": "fp32", "columns": "i64",
 }  # fmt: skip
-DATA = ("hidden", "head", "q", "keys", "values", "out")  # pointers to the model's dtype
-STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out") for of in ("batch", "head", "row")]
+# pointers to the model's dtype
+DATA = ("hidden", "head", "q", "keys", "values", "out", "x", "delta", "weight", "total", "qkv", "gate_up")
+STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out", "cache") for of in ("batch", "head", "row")]
+STRIDES += ["hidden_stride", "head_stride", "x_row", "delta_row", "qkv_batch", "qkv_row", "table_batch", "table_row"]
 # as Triton finds them for a real model
-ALIGNED = ("hidden", "head", "dim", "hidden_stride", "head_stride", "q", "keys", "values", "out", "parts", *STRIDES)
+ALIGNED = (*DATA, *STRIDES, "dim", "parts", "cos", "sin", "columns", "size", "row_stride")
 
 
-def report(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16") -> Any:
+def report(
+    kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16", **more: Any
+) -> Any:
     """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -38,13 +42,13 @@ def report(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages
             return f"*{dtype}"
         if name in POINTERS:
             return f"*{POINTERS[name]}"
-        return "fp32" if name in ("temperature", "cut", "scale") else "i32"
+        return "fp32" if name in ("temperature", "cut", "scale", "eps") else "i32"
 
     signature = {name: kind(name) for name in kernel.arg_names}
     at = {name: i for i, name in enumerate(kernel.arg_names)}
     attributes = {(at[name],): [["tt.divisibility", 16]] for name in ALIGNED if name in at}
     source = ASTSource(kernel, signature, {(at[name],): value for name, value in constants.items()}, attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **more}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     name = "sm_90a" if arch == 90 else f"sm_{arch}"
     command = [str(PTXAS), "-v", f"-arch={name}", "-o", "/dev/null", "/dev/stdin"]
@@ -174,3 +178,60 @@ def test_attention_of_one_row(attention: Any) -> None:
     constants = ones | {"DIRECT": False, "UPCAST": False, "ROWS": 16, "KEYS": 64, "DIM": 64}
     assert report(attention._attend, constants, 90, 4, 3)[1] == 0
     assert report(attention._merge, ones | {"ROWS": attention.MERGE_ROWS, "DIM": 64}, 90, 4, 3)[1] == 0
+
+
+@pytest.fixture
+def layer(kernels: Any) -> Any:
+    from dllm_engine.kernels import layer
+
+    return layer
+
+
+def check_elementwise(kernel: Any, constants: dict[str, Any], arch: int, warps: int, dtype: str) -> str:
+    registers, spilled, _, ptx = report(kernel, constants, arch, warps, 3, dtype, enable_fp_fusion=False)
+    assert spilled == 0
+    assert registers * warps * 32 <= 65536
+    # each product and sum is rounded, as in eager torch (a product of two bfloat16 may be an fma of bfloat16 and −0)
+    assert not re.search(r"fma\S*\.f32", ptx)
+    return str(ptx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("size", [64, 4096, 16384])
+def test_add_norm(layer: Any, arch: int, dtype: str, add: bool, size: int) -> None:
+    block, warps = layer.norm_tile(size)
+    ptx = check_elementwise(layer._add_norm, {"ADD": add, "BLOCK": block}, arch, warps, dtype)
+    assert size < 4096 or "ld.global.v4" in ptx  # 16 bytes at once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_rope_write(layer: Any, arch: int, dtype: str, dim: int) -> None:
+    constants = {"HEADS": layer.HALVES // (dim // 2), "HALF": dim // 2}
+    ptx = check_elementwise(layer._rope_write, constants, arch, 2, dtype)
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx
+    assert "bar.sync" not in ptx  # nothing goes through shared memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_silu_mul(layer: Any, arch: int, dtype: str) -> None:
+    ptx = check_elementwise(layer._silu_mul, {"BLOCK": layer.BLOCK}, arch, 4, dtype)
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx
+
+
+@pytest.mark.slow
+def test_layer_of_one(layer: Any) -> None:
+    """Triton makes constants of arguments that are 1: one row, one head, one column."""
+    ones = dict.fromkeys(("width", "heads", "key_heads"), 1) | {"HEADS": 4, "HALF": 8}
+    check_elementwise(layer._rope_write, ones, 90, 2, "bf16")
+    check_elementwise(layer._add_norm, {"size": 1, "x_row": 1, "delta_row": 1, "ADD": True, "BLOCK": 1}, 90, 1, "bf16")
+    check_elementwise(layer._silu_mul, {"size": 1, "BLOCK": layer.BLOCK}, 90, 4, "bf16")

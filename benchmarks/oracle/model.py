@@ -74,6 +74,7 @@ class OracleModel(LLaDA):
         seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
         joined: list[Joined | None] | None = None,
+        fused: bool = False,
     ) -> Tensor:
         """See `LLaDA.hidden_states`: [B, L, D] for tokens [B, L], a prompt of `prompts` and the answer's columns.
 
