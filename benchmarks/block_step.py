@@ -3,6 +3,7 @@
 A step under the dual cache is a call of the block's rows against cached keys, the decode step on its hidden states,
 and the host's work around the two: deciding who joins, launching, reading where the sequences stand. The first two are
 timed alone, the whole as the engine runs it; *host* is the difference (on a busy machine it can come out negative).
+On a GPU the first two are one CUDA graph; the model's share of it is what is left without the second.
 Beside them stands the time that the step cannot beat on this machine: the bytes that it must read (matrices, keys and
 values) over the bandwidth measured in this run, or its multiplications over the rate measured in this run, whichever is
 longer. Where the kernels of `dllm_engine.kernels.layer` are used, the step with torch's in their place takes turns too.
@@ -21,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import append, fma_rate, interleaved, matmul_rate, ratio, read_bandwidth
+from common import append, fma_rate, graphed, interleaved, matmul_rate, ratio, read_bandwidth
 from models import SHAPES, Shape, random_model
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +86,13 @@ class BlockStep:
         return self.loop.forward(self.everyone, list(starts), list(ends), refresh=False, width=BLOCK)
 
     @torch.inference_mode()
+    def call(self) -> None:
+        """Model call and op in one, as a GPU's engine makes them, and the same copy."""
+        self.restore()
+        assert self.loop.block_calls is not None
+        self.loop.block_calls(self.everyone)
+
+    @torch.inference_mode()
     def decode_step(self) -> None:
         """The op, and a copy of the state that it changes."""
         self.restore()
@@ -120,12 +128,16 @@ def measure(
 ) -> dict[str, Any]:
     """A record of one batch and length."""
     block = BlockStep(model, batch, length)
-    contenders: dict[str, Callable[[], Any]] = {
-        "forward": block.forward, "decode_step": block.decode_step, "step": block.step,
-    }  # fmt: skip
+    contenders: dict[str, Callable[[], Any]] = {"decode_step": block.decode_step, "step": block.step}
+    if block.loop.block_calls is None:
+        contenders["forward"] = block.forward
+    else:
+        contenders |= {"call": block.call, "decode_step": graphed(block.decode_step)}
     if block.eager_layers is not None:
         contenders["step, eager layers"] = lambda: block.step(block.eager_layers)
     times = interleaved(contenders, model.device, seconds)
+    if (calls := times.pop("call", None)) is not None:
+        times["forward"] = [call - op for call, op in zip(calls, times["decode_step"], strict=True)]
     parts = zip(times["step"], times["forward"], times["decode_step"], strict=True)
     read, operations = work(shape, batch, length, model.dtype)
     eager = times.pop("step, eager layers", None)

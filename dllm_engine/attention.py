@@ -9,6 +9,7 @@ import os
 import torch
 
 TRITON = (3, 2)  # the oldest that the kernels are written for
+MAX_WIDTH = 128  # rows of a block
 
 
 def block_attention_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine import ops
-from dllm_engine.attention import block_attention_available
+from dllm_engine.attention import MAX_WIDTH, block_attention_available
 from dllm_engine.buffers import Buffers
 from dllm_engine.forward import Forward, additive
 from dllm_engine.kv_cache import LayerCache
@@ -58,7 +58,8 @@ class BlockCalls:
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
-        self.by_kernel = block_attention_available(device, self.model.dtype, self.model.config.head_dim) is None
+        reason = block_attention_available(device, self.model.dtype, self.model.config.head_dim)
+        self.by_kernel = reason is None and self.state.block_length <= MAX_WIDTH
         self.fused = self.by_kernel and self._fusable()
         self.joined: list[int] = []
         ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
@@ -77,6 +78,10 @@ class BlockCalls:
             pinned = filled.pin_memory() if self.model.device.type == "cuda" else filled
             self.sequences.copy_(pinned, non_blocking=True)
             self.joined = joining
+        with torch.cuda.device_of(self.sequences):  # graphs and Triton's kernels belong to the current device
+            self._run(count)
+
+    def _run(self, count: int) -> None:
         graphs, key = self.buffers.graphs, (count, *self.key)
         if key in graphs and graphs[key] is None and self.captures:  # the first call compiled its kernels
             graphs[key] = self._capture(count)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_engine.attention import MAX_WIDTH
 from dllm_engine.kernels.decode_step import interpreted
 
 NEG_INF = tl.constexpr(float("-inf"))
@@ -27,7 +28,7 @@ OCTAVE = tl.constexpr(4)  # segments until their length doubles, a power of two
 MOST = tl.constexpr(64)  # segments: 2^24 keys
 MERGE_ROWS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WIDTH, MIN_DIM, MAX_DIM = 128, 16, 256
+MIN_DIM, MAX_DIM = 16, 256
 FULL = 132  # programs that keep a large device busy; a constant, as the choice it makes is one of speed alone
 
 

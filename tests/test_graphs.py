@@ -123,6 +123,26 @@ def test_later_decodes_replay_with_their_own_values(
     assert torch.equal(decode(model, shorter, **BASE, **settings).sequences, want.sequences)
 
 
+@pytest.mark.parametrize(("block_length", "by_kernel"), [(8, True), (128, True), (160, False)])
+def test_blocks_too_wide_for_the_kernel_of_attention(
+    fixed: list[int], monkeypatch: pytest.MonkeyPatch, block_length: int, by_kernel: bool
+) -> None:
+    call, seen = BlockCalls._call, []
+
+    def noted(self: BlockCalls, count: int) -> None:
+        seen.append(self.by_kernel)
+        self.by_kernel = self.fused = False  # which are not here
+        call(self, count)
+
+    monkeypatch.setattr(graphs, "block_attention_available", lambda *_: None)
+    monkeypatch.setattr(BlockCalls, "_fusable", lambda self: False)
+    monkeypatch.setattr(BlockCalls, "_call", noted)
+    model = ending_model(max_sequence_length=400)
+    decode(model, [[4, 5]], policy="threshold", gen_length=block_length, block_length=block_length, cache="dual")
+    assert seen
+    assert seen[0] is by_kernel
+
+
 def test_moved_weights_and_grown_buffers_drop_graphs(
     model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
