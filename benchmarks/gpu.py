@@ -2,7 +2,8 @@
 
 Lists what the machine lacks, installs the package with `_cuda` for the card found into ``build/gpu``, runs the tests
 marked ``gpu``, compute-sanitizer on the smallest cases, then the benchmarks. A call ends after nine minutes, whatever
-is left; ``--only`` picks steps, so that several calls do everything. ``--dry-run`` goes to the first GPU call.
+is left; ``--only`` picks steps, so that two calls do everything. ``--output`` keeps what was printed, and the figures.
+``--dry-run`` goes to the first GPU call.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,11 +49,13 @@ class Step(NamedTuple):
 
 BENCHMARKS = (  # in the order of what is lost if time runs out
     ("decode_step", ["decode_step.py", "--seconds", "2"], 120),
-    ("block_step", ["block_step.py", "--seconds", "1"], 75),
+    ("block_step", ["block_step.py", "--seconds", "1"], 100),
+    ("tiles", ["tiles.py"], 90),
+    ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 100),
     ("block_attention", ["block_attention.py", "--seconds", "1"], 60),
-    ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 75),
-    ("scaling", ["scaling.py", "--seconds", "1"], 90),
+    ("scaling", ["scaling.py", "--seconds", "1"], 120),
 )
+TESTS = ["test_decode_step", "test_block_attention", "test_layer_kernels", "test_gpu"]
 STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS))
 
 
@@ -57,7 +63,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="build and collect; stop before the first GPU call")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for gpu.log and a copy of the results")
     args = parser.parse_args()
+    log = None
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        log = args.output / "gpu.log"
     began = time.monotonic()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -70,7 +81,7 @@ def main() -> None:
 
     # PYTHONSAFEPATH: not the checkout's dllm_engine; then scripts do not see their own directory either
     path = os.pathsep.join(map(str, (SITE, ROOT / "tests", ROOT / "benchmarks")))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("DLLM_BACKEND", None)
 
     def run(title: str, command: list[str], limit: float = DEADLINE, **extra: str) -> int:
@@ -79,11 +90,10 @@ def main() -> None:
         if left <= 0:
             print("left out: no time")
             return 1
-        try:
-            return subprocess.run(command, cwd=ROOT, env=environment | extra, timeout=left, check=False).returncode
-        except subprocess.TimeoutExpired:
-            print("stopped: no time")
-            return 1
+        code = watched(command, left, environment | extra, log)
+        for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") if args.output is not None else ():
+            shutil.copy(file, args.output)
+        return code
 
     python = sys.executable
     cuda = "1" if nvcc else "0"
@@ -99,8 +109,9 @@ def main() -> None:
         "addopts=--import-mode=importlib --strict-markers",
         "-p",
         "no:cacheprovider",
+        "--tb=short",
     ]
-    chosen = ["-m", "gpu", "tests/test_decode_step.py", "tests/test_block_attention.py", "tests/test_gpu.py"]
+    chosen = ["-m", "gpu", *(f"tests/{name}.py" for name in TESTS)]
     if args.dry_run:
         failed = run("collect the gpu tests", [*pytest, "--collect-only", "-q", *chosen])
         for _, (script, *_), _ in BENCHMARKS:
@@ -116,8 +127,48 @@ def main() -> None:
     sys.exit(bool(failures))
 
 
+def watched(command: list[str], seconds: float, environment: Mapping[str, str], log: Path | None) -> int:
+    """Run a command, print what it prints, and add it to the log; its exit status, 1 if it was stopped in time."""
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    show = threading.Thread(target=tee, args=(child.stdout, log), daemon=True)
+    show.start()
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print("stopped: no time", flush=True)
+        os.killpg(child.pid, signal.SIGINT)  # pytest then tells what it knows
+        code = 1
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+    show.join(5)
+    return code
+
+
+def tee(lines: Iterable[str], log: Path | None) -> None:
+    """Print lines as they come, and add them to the log."""
+    for line in lines:
+        print(line, end="", flush=True)
+        if log is not None:
+            with log.open("a", encoding="utf-8") as out:
+                out.write(line)
+
+
 def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | None) -> list[Step]:
-    found = [Step("tests", [*pytest, "-q", *chosen], 150)]
+    # most of their time goes to compiling hundreds of kernels, each on one core
+    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+    together = workers if importlib.util.find_spec("xdist") is not None else []
+    found = [Step("tests", [*pytest, *together, "-q", "-rfE", *chosen], 300)]
     if sanitizer:
         smallest = ["-m", "gpu", "tests/test_decode_step.py", "-k", "cuda-cuda and (ties or committed or strides)"]
         for tool in ("memcheck", "racecheck"):

@@ -192,3 +192,17 @@ def test_the_report_replaces_what_is_between_the_markers(monkeypatch: pytest.Mon
     for name, texts in SETTINGS.items():
         assert name in texts
         assert all(PolicyText.parse(text).name == name for text in texts)
+
+
+def test_gpu_steps_are_stopped_in_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a step printed before and while it was stopped is kept."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    watched = runpy.run_path(str(BENCHMARKS / "gpu.py"))["watched"]
+    hangs = "import time; print('begun', flush=True); time.sleep(60)"
+    assert watched([sys.executable, "-c", hangs], 1.5, os.environ, tmp_path / "log") == 1
+    assert watched([sys.executable, "-c", "print('done'); raise SystemExit(3)"], 20, os.environ, tmp_path / "log") == 3
+    text = (tmp_path / "log").read_text(encoding="utf-8")
+    assert re.search(r"begun\n(.*\n)*KeyboardInterrupt\n(.*\n)*done\n", text)
+    assert "stopped: no time" in capsys.readouterr().out
