@@ -152,8 +152,9 @@ def finish_step(
     undecided += b * length
     predicted += b * length
     start, old_end = tl.load(progress), tl.load(progress + 1)
-    if start >= old_end:  # rows that fill up a call, all the same one: some must not read what others move on
-        return
+    # rows that fill up a call are all the same one, which ends where it begins: it may not move on under the others
+    active = start < old_end
+    width = tl.where(active, width, 0)
     step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
 
     i = tl.arange(0, WIDTH)
@@ -232,9 +233,9 @@ def finish_step(
         still += here
         still_here += tl.where((c >= start) & (c < start + width), here, 0)
     left, in_block = tl.sum(still, 0), tl.sum(still_here, 0)
-    tl.store(progress, tl.where(in_block > 0, start, start + block_length))
-    tl.store(progress + 1, end)
-    tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0))
-    tl.store(progress + 3, tl.minimum(failed_before, failed_at))
-    tl.store(progress + 4, tl.load(progress + 4) + 1)
-    tl.store(progress + 5, left.to(tl.int64))
+    tl.store(progress, tl.where(in_block > 0, start, start + block_length), mask=active)
+    tl.store(progress + 1, end, mask=active)
+    tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0), mask=active)
+    tl.store(progress + 3, tl.minimum(failed_before, failed_at), mask=active)
+    tl.store(progress + 4, tl.load(progress + 4) + 1, mask=active)
+    tl.store(progress + 5, left.to(tl.int64), mask=active)

@@ -484,6 +484,32 @@ def test_certain_positions_are_left_to_the_filter(where: tuple[str, str]) -> Non
         assert state.undecided[0, 3:7].tolist() == [False, True, True, True]
 
 
+@pytest.mark.parametrize("name", ["threshold", "learn2pd-one", "learn2pd-position"])
+def test_a_row_that_fills_up_a_call_stays_as_it_is(where: tuple[str, str], name: str) -> None:
+    """As calls of a fixed size have it: several times the same one, which ends where it begins, here behind all."""
+    backend, device = where
+    if backend == "eager":
+        pytest.skip("its idle row moves on once a call, and is put back by the next")
+    state, alone = (fresh_state(1, device=device) for _ in range(2))
+    for each in (state, alone):
+        each.undecided[3] = True  # what is behind its end is nothing to it
+        each.progress[3] = torch.tensor([16, 16, 0, 19, 0, 0])
+    hidden, head = matrices(40, 64, 60, torch.bfloat16, device=device)
+    hidden, rule = hidden.view(5, 8, 64), rules_for(8, device)[name]
+    scoring: dict[str, Any] = {"banned_ids": ops.id_tensor([], torch.device(device)), "backend": backend, "known": True}
+    excluded = ops.id_tensor([], torch.device(device))
+    for _ in range(3):
+        ops.decode_step_(
+            hidden, head, state, torch.tensor([0, 1, 3, 3, 3], device=device), rule, excluded_ids=excluded, **scoring
+        )
+        ops.decode_step_(
+            hidden[:2], head, alone, torch.arange(2, device=device), rule, excluded_ids=excluded, **scoring
+        )
+    for field in STATE:
+        assert torch.equal(getattr(state, field)[2:], getattr(alone, field)[2:]), field
+        assert torch.equal(getattr(state, field)[:2], getattr(alone, field)[:2]), field
+
+
 def test_predictions_are_remembered_for_the_undecided_only(where: tuple[str, str]) -> None:
     backend, device = where
     state = fresh_state(1, batch=2, device=device)
