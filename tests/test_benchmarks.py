@@ -89,6 +89,7 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
         assert calls == [fused]
         committed.append(step.state.tokens.clone())
     assert all(torch.equal(tokens, committed[0]) for tokens in committed)
+    monkeypatch.setattr(block_step, "graphed", lambda run: run)
     record = block_step.measure(model, shape, 1, 8, {"bandwidth": 1.0, "flops": 1.0}, 0.0)
     assert record["step_eager_layers_seconds"] > 0
     assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
