@@ -93,6 +93,8 @@ def message(**changes: Any) -> list[dict[str, Any]]:
         ({"policy": "threshold=2"}, "policy", "threshold: 2.0 given"),
         ({"policy": "topk=5"}, "policy", "tokens a step must divide"),
         ({"policy": "topk=64"}, "policy", "steps"),
+        ({"policy": "freedave=20000"}, "policy", "drafts: 20000 given; 2 to 32 allowed"),
+        ({"policy": "learn2pd="}, "policy", "policy: "),
         ({"policy": "learn2pd=/etc/passwd"}, "policy", "policy: a request cannot name a file"),
         ({"policy": "learn2pd=" + str(DEMO_MODEL)}, "policy", "policy: a request cannot name a file"),
         ({"cache": "big"}, "cache", "cache: 'big' given; known"),
