@@ -84,9 +84,9 @@ class DLLMEngine(TemplateLM):
         if unknown := self.options.keys() - DEFAULTS.keys():
             known = {*DEFAULTS, *DLLMEngine.__init__.__annotations__} - {"options", "return"}
             raise ValueError(f"model_args: {', '.join(sorted(unknown))} given; known: {', '.join(sorted(known))}")
-        for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", max_length)):
-            if value is not None or name != "max_length":
-                inputs.check_count(name, int(value) if str(value).isdigit() else value)
+        length = 1 if max_length is None else max_length
+        for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", length)):
+            inputs.check_count(name, int(value) if str(value).isdigit() else value)
         path, dtype = (DEMO_MODEL, dtype or "float32") if pretrained == "demo" else (pretrained, dtype)
         self.model = LLaDA.from_pretrained(path, device=device, dtype=dtype)
         self.tokenizer, self._device = self.model.tokenizer, self.model.device
