@@ -32,7 +32,7 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 (failed while running), 2 (bad arguments) or 130 (interrupted)."""
     args = _parser().parse_args(argv)
-    warnings.formatwarning = _one_line
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
     if sys.stdout is None:  # closed: `dllm-engine … >&-`
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = before
 
 
 def _one_line(message: Warning | str, *where: Any, **line: Any) -> str:

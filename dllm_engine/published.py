@@ -87,7 +87,7 @@ def _config(file: Path) -> dict[str, dict[str, Any]]:
 
     try:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not YAML ({error})") from None
     entries = read.items() if isinstance(read, dict) else ()
     if not entries or not all(isinstance(v, dict) and isinstance(v.get("prompt"), str) for _, v in entries):

@@ -217,10 +217,14 @@ def test_failures_are_one_line(
 
 
 def test_a_closed_stdout_and_warnings_without_a_place() -> None:
-    script = "import sys, warnings; from dllm_engine import cli; status = cli.main(['info']); warnings.warn('odd')"
-    command = f'"{sys.executable}" -c "{script}; sys.exit(status)" >&-'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "warning: odd\n")
+    command = f'"{sys.executable}" -c "import sys; from dllm_engine.cli import main; sys.exit(main())" '
+    for arguments, said in (
+        ("info >&-", ""),
+        (f'generate --prompt "{PROMPT}" --cache none --gen-length 32', "warning: the filter was trained on cache"),
+    ):
+        done = subprocess.run(command + arguments, shell=True, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr[: len(said)]) == (0, said)
+        assert len(done.stderr.splitlines()) == bool(said)
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

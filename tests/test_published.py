@@ -311,6 +311,7 @@ GOOD = {"question": "?", "answer": "#### 1"}
         ("--benchmark parallelbench --data text", "text: no task that can be scored here: rhyme: its scorer"),
         ("--benchmark parallelbench --data odd", 'task_config.yaml: tasks with a "prompt" and a "metric" are needed'),
         ("--benchmark parallelbench --data yaml", "task_config.yaml: not YAML"),
+        ("--benchmark parallelbench --data bytes", "task_config.yaml: not YAML"),
         ("--benchmark parallelbench --data data --no-chat", "--no-chat: the questions of a benchmark"),
         ("--benchmark gsm8k --tasks copy --data g.jsonl", "not allowed with argument"),
         ("--benchmark gsm8k --data g.jsonl", 'g.jsonl, line 2: {"question": str, "answer": "… #### NUMBER"} is needed'),
@@ -325,6 +326,8 @@ def test_errors_come_before_the_first_pass(
         Path(name).mkdir()
         if config is not None:
             Path(name, "task_config.yaml").write_text(config, encoding="utf-8")
+    Path("bytes").mkdir()
+    Path("bytes", "task_config.yaml").write_bytes(b"a: \xe9")
     write(Path("g.jsonl"), GOOD, GOOD | {"answer": "1"})
     write(Path("none.jsonl"))
     status, out, err, decodes = command(*arguments.split())

@@ -280,6 +280,7 @@ def test_a_key(demo_model: LLaDA) -> None:
         ({"timeout": 0}, "timeout: 0 given; a finite number, more than 0 seconds"),
         ({"timeout": math.inf}, "timeout: inf given; a finite number"),
         ({"timeout": math.nan}, "timeout: nan given; a finite number"),
+        ({"api_key": " "}, "api_key: an empty text given"),
         ({"max_length": 10}, "max_length: 10 given; a block of 32 and a prompt must fit into max_length 10"),
         ({"block_length": 5000}, "block_length: 5000 given; a block of 5000 and a prompt must fit"),
         ({"max_length": 2000}, "max_length: 2000 given; the model has max_sequence_length 1024"),

@@ -65,6 +65,8 @@ class Settings:
                 inputs.check_count(name, value)
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout: {self.timeout} given; a finite number, more than 0 seconds, is needed")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key: an empty text given; a key, or None to ask nobody, is needed")
 
     def fitted(self, model: LLaDA) -> Settings:
         """These, with every None filled in.
