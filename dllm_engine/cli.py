@@ -249,7 +249,10 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.json:
             check_columns(rows, name)
         return rows
-    text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    try:
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: not UTF-8 ({error})") from None
     if not text:
         raise ValueError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on stdin")
     return [{"prompt": text}]

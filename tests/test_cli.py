@@ -203,6 +203,8 @@ def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         status, out, err = run(capsys, "generate", *LENGTH)
         assert (status, out) == (2, "")
         assert "no prompt: give --prompt TEXT" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "stdin: not UTF-8" in run(capsys, "generate", *LENGTH)[2]
 
 
 @pytest.mark.parametrize("error", [MemoryError("120 GB are needed"), RuntimeError("NaN")])
