@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -65,6 +67,16 @@ def code_flags(archs: str) -> str:
     return " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
 
 
+def ninja_path(path: Path) -> str:
+    """A path where ninja reads one."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_text(text: str) -> str:
+    """A variable's value."""
+    return text.replace("$", "$$")
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
@@ -75,15 +87,16 @@ class NinjaBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = "-O3 -g0 -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra"
-        flags += f" -isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+        for include in (pybind11.get_include(), sysconfig.get_paths()["include"]):
+            flags += f" -isystem {shlex.quote(include)}"
         flags += " -DDLLM_AVX2" if X86 else ""
         flags += " " + os.environ.get("CXXFLAGS", "")
         shared = "-bundle -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared"
         cuda = any(source.endswith(".cu") for source in ext.sources)
         lines = [
-            f"cxx = {CXX}",
-            f"flags = {flags}",
-            f"nvcc = {NVCC}",
+            f"cxx = {ninja_text(CXX)}",
+            f"flags = {ninja_text(flags)}",
+            f"nvcc = {ninja_text(shlex.quote(NVCC or 'nvcc'))}",
             f"nvcc_flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra {code_flags(ARCHS)}",
             "rule object",
             "  command = $cxx $flags $extra -MD -MF $out.d -c $in -o $out",
@@ -102,10 +115,10 @@ class NinjaBuild(build_ext):
         for source in ext.sources:
             objects.append(work / (Path(source).name + ".o"))
             rule = "cuda_object" if source.endswith(".cu") else "object"
-            lines.append(f"build {objects[-1]}: {rule} {root / source}")
+            lines.append(f"build {ninja_path(objects[-1])}: {rule} {ninja_path(root / source)}")
             if (name := Path(source).stem) in FLAGS:
                 lines.append(f"  extra = {FLAGS[name]}")
-        lines.append(f"build {target}: link {' '.join(map(str, objects))}")
+        lines.append(f"build {ninja_path(target)}: link {' '.join(map(ninja_path, objects))}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", work, "--quiet"], check=True)
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 (failed while running), 2 (bad arguments) or 130 (interrupted)."""
     args = _parser().parse_args(argv)
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
+    if sys.stdout is None:  # closed: `dllm-engine … >&-`
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         args.run(args)
         sys.stdout.flush()
@@ -44,9 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *where: Any, **line: Any) -> str:
+    """In place of `warnings.formatwarning`, which shows where in the source."""
+    return f"warning: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data", type=Path, nargs="+", metavar="FILE.jsonl", help="published ParallelBench files instead"
     )
     demo.add_argument("--limit", type=int, metavar="N", help="first N items of each file")
-    demo.add_argument("--batch-size", type=int, default=20, metavar="N", help="items of a file at once (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the ten questions (%(default)s)")
+    demo.add_argument("--batch-size", type=int, metavar="N", help="items of a file at once (20)")
+    demo.add_argument("--seed", type=int, help="of the ten questions (0)")
     demo.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
 
     generate = command("generate", _generate, "Answer prompts.")
@@ -151,6 +162,7 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dllm_engine.options import default
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.tokenizer import encode_rows
 
@@ -164,6 +176,10 @@ def _generate(args: argparse.Namespace) -> None:
     model = _model(args)
     chat = args.chat if args.chat is not None else args.model is None
     prompts = encode_rows(model.tokenizer, rows, chat=chat)
+    room = model.config.max_sequence_length - (args.gen_length or default(model, "gen_length"))
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > room > 0:
+            raise ValueError(f"prompt {i}: {len(prompt)} tokens given; the model has room for {room} beside gen_length")
     size = 1 if args.watch else args.batch_size
     bar: Any = contextlib.nullcontext() if len(rows) <= size or args.watch else tqdm(total=len(rows), disable=None)
     with bar:
@@ -197,7 +213,7 @@ def _answer(
     if args.watch:
         from dllm_engine.watch import Watch
 
-        title = rows[0].get("prompt") or rows[0]["messages"][-1]["content"]
+        title = rows[0]["messages"][-1]["content"] if "messages" in rows[0] else rows[0]["prompt"]
         with Watch(model, title) as streamer:
             run(streamer)
         return
@@ -220,7 +236,7 @@ def _answer(
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts as rows with "prompt" or "messages"."""
-    from dllm_engine.samples import prompt_rows
+    from dllm_engine.samples import check_columns, prompt_rows
 
     if args.prompt is not None:
         return [{"prompt": prompt} for prompt in args.prompt]
@@ -230,10 +246,16 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows = list(prompt_rows(file, name))
         if not rows:
             raise ValueError(f"--prompts: {name} holds no row")
+        if args.json:
+            check_columns(rows, name)
         return rows
-    if sys.stdin.isatty():
+    try:
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: not UTF-8 ({error})") from None
+    if not text:
         raise ValueError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on stdin")
-    return [{"prompt": sys.stdin.read().strip()}]
+    return [{"prompt": text}]
 
 
 def _model(args: argparse.Namespace) -> LLaDA:
@@ -257,14 +279,16 @@ def _demo(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
-    if args.limit is not None and args.data is None:
-        raise ValueError("--limit: needs --data")
+        if value is not None and args.data is None:
+            raise ValueError(f"--{name.replace('_', '-')}: needs --data")
+    if args.seed is not None and args.data is not None:
+        raise ValueError("--seed: of the ten questions, not of --data")
     model = _model(args)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     if args.data:
-        run_data(model, console, args.data, args.limit, args.batch_size, args.json)
+        run_data(model, console, args.data, args.limit, args.batch_size or 20, args.json)
     else:
-        run_demo(model, console, args.seed, args.json)
+        run_demo(model, console, args.seed or 0, args.json)
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ POLICY_FORMS = (
     " credit[=0.9/0.65/0.7/0.2/4], editing[=0.7/0.5/16], adablock[=0.9/0.3/0.25/4], ete[=0.95/2/2], freedave[=8];"
     " see docs/policies.md"
 )
+_FRESH: dict[str, Any] = {"prompts": 100, "seed": 1, "names": (3, 6), "sum_steps": 3, "largest": 20}
 _TOKENS_A_STEP = (1, 2, 4, 8)
 _THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 _FACTORS = (0.5, 0.7, 1.0, 1.3, 1.6)
@@ -51,15 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parallelbench (--data DIR, of task_config.yaml and JSON lines) or gsm8k (--data FILE.jsonl): published"
         " questions through the model's chat template, with the benchmark's prompts; for real checkpoints",
     )
-    questions.add_argument("--prompts", type=int, default=100, metavar="N", help="questions a task (%(default)s)")
-    questions.add_argument("--seed", type=int, default=1, metavar="N", help="of the questions (%(default)s)")
-    questions.add_argument(
-        "--names", type=int, nargs=2, default=(3, 6), metavar=("MIN", "MAX"), help="people in a list (3 6)"
-    )
-    questions.add_argument(
-        "--sum-steps", type=int, default=3, metavar="N", help="of worded sums, at most (%(default)s)"
-    )
-    questions.add_argument("--largest", type=int, default=20, metavar="N", help="number in worded sums (%(default)s)")
+    # of fresh questions; see _FRESH
+    questions.add_argument("--prompts", type=int, metavar="N", help="questions a task (100)")
+    questions.add_argument("--seed", type=int, metavar="N", help="of the questions (1)")
+    questions.add_argument("--names", type=int, nargs=2, metavar=("MIN", "MAX"), help="people in a list (3 6)")
+    questions.add_argument("--sum-steps", type=int, metavar="N", help="of worded sums, at most (3)")
+    questions.add_argument("--largest", type=int, metavar="N", help="number in worded sums (20)")
     questions.add_argument("--limit", type=int, metavar="N", help="first N rows of each file")
     questions.add_argument(
         "--chat",
@@ -149,7 +147,6 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     if args.plot:
         from dllm_engine.cli_plot import draw
 
-        args.plot.mkdir(parents=True, exist_ok=True)
         (args.plot / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         draw(records, args.plot / "frontier.png")
         _note(f"{args.plot / 'frontier.png'} and frontier.json written")
@@ -167,9 +164,10 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
 
 
 def _check(args: argparse.Namespace) -> dict[str, str]:
-    """The sweep's filters (file to name); fills in --policy. Raises ValueError for what is wrong without a model."""
-    from dllm_engine import policies, tasks
+    """The sweep's filters (file to name); fills in defaults. Raises ValueError for what is wrong without a model."""
+    from dllm_engine import inputs, policies, tasks
     from dllm_engine.policy_text import PolicyText
+    from dllm_engine.refresh import Cache
 
     for name in ("prompts", "limit", "batch_size", "block_length", "gen_length", "steps"):
         value = getattr(args, name)
@@ -181,6 +179,11 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError("--no-chat: the questions of a benchmark go through the chat template")
     if args.limit is not None and args.data is None:
         raise ValueError("--limit: needs --data (--prompts is the number of fresh questions)")
+    for name, value in _FRESH.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+        elif args.data is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: of fresh questions, not of --data (see --limit)")
     for task in args.tasks or ():
         if task not in ("learned", *tasks.names()):
             raise ValueError(f"--tasks: {task!r} given; known: learned, {', '.join(tasks.names())}")
@@ -191,6 +194,10 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
     args.policy = args.policy or ["topk", "auto"]
     for text in args.policy:
         PolicyText.parse(text, oracle=True)
+    for cache in args.cache:
+        Cache.of(cache)
+    for end_of_text in args.end_of_text:
+        inputs.check_options(end_of_text=end_of_text, temperature=0.0, cfg_scale=0.0)
     filters: dict[str, str] = {}
     for text in args.filter:
         name, _, file = text.partition("=")
@@ -201,7 +208,8 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
     if args.plot:
         from dllm_engine.cli_plot import pyplot
 
-        pyplot()  # a missing matplotlib must not show after an hour of decoding
+        pyplot()  # a missing matplotlib, or no directory, must not show after an hour of decoding
+        args.plot.mkdir(parents=True, exist_ok=True)
     return filters
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "decoding",
         "What requests get that do not say. Defaults are those in brackets, unless generation_config.json beside the"
-        " weights says otherwise.",
+        " weights says otherwise (its steps and cfg_scale are not used).",
     )
     group.add_argument("--gen-length", type=int, metavar="N", help="their max_tokens (128)")
     group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (32)")

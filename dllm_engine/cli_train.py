@@ -72,15 +72,20 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     from dllm_engine.filter import KINDS, model_ids
     from dllm_engine.refresh import Cache
 
-    for name in ("limit", "batch_size", "gen_length", "block_length", "epochs"):
+    for name in ("batch_size", "gen_length", "block_length", "epochs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
+    if args.limit is not None and args.limit < 10:
+        raise ValueError(f"--limit: {args.limit} given; at least 10 are needed, thousands are better")
+    if args.output.suffix == ".safetensors" or args.output.is_file():
+        raise ValueError(f"--output: {args.output} given; a directory is needed, the filter is a file in it")
     if args.kind not in KINDS:
         raise ValueError(f"--kind: {args.kind!r} given; known: {', '.join(KINDS)}")
     if not 0 < args.risk < 1:
         raise ValueError(f"--risk: {args.risk} given; more than 0 and less than 1 allowed")
     Cache.of(args.cache)
+    inputs.check_seeds(args.seed, 1)
     inputs.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
     began = time.perf_counter()
     rows = _rows(args)
@@ -88,8 +93,6 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     prompts = _prompts(args, model, rows)
     longest = max(map(len, prompts))
     inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
-    if len(prompts) < 10:
-        raise ValueError(f"--prompts: {len(prompts)} given; at least 10 are needed, thousands are better")
     ends_wait = args.ends_wait if args.ends_wait is not None else args.kind == "position"
     data = traces.collect(
         model,
@@ -131,7 +134,10 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
             )
         return None
     with open(args.prompts, encoding="utf-8") as file:
-        return list(islice(prompt_rows(file, str(args.prompts)), args.limit))
+        rows = list(islice(prompt_rows(file, str(args.prompts)), args.limit))
+    if len(rows) < 10:
+        raise ValueError(f"--prompts: {len(rows)} given; at least 10 are needed, thousands are better")
+    return rows
 
 
 def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] | None) -> list[list[int]]:

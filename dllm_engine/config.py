@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # What the transformer in `model.py` computes. A checkpoint that asks for anything else is refused: running it
@@ -119,3 +121,20 @@ class LLaDAConfig:
                     raise ValueError(f"{source}: {name} {i} is outside the {self.embedding_size} embedding rows")
         if self.mask_token_id in self.eos_token_ids:
             raise ValueError(f"{source}: mask_token_id {self.mask_token_id} is also an eos_token_id")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of a checkpoint (or beside it).
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is no JSON object; names the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing; a Hugging Face checkpoint directory is needed") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}; a JSON object is needed")
+    return value

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_engine import tasks
+from dllm_engine.config import read_json
 from dllm_engine.decode import decode
 from dllm_engine.evaluate import wilson
 from dllm_engine.model import LLaDA
@@ -187,7 +188,7 @@ def trained_tasks(model: LLaDA) -> list[str]:
     """Tasks of which a model trained here answered at least half, from the ``accuracy.json`` beside it.
 
     Raises:
-        ValueError: the model has no such file, so it does not know the demo's template.
+        ValueError: the model has no such file, so it does not know the demo's template, or it cannot be read.
     """
     file = model.path / "accuracy.json" if model.path else None
     if file is None or not file.exists():
@@ -195,7 +196,9 @@ def trained_tasks(model: LLaDA) -> list[str]:
             f"model: {model.path} has no accuracy.json; `demo` needs a model trained by benchmarks/train_demo.py"
             " (use `dllm-engine generate` for others)"
         )
-    accuracy = json.loads(file.read_text(encoding="utf-8"))["accuracy"]
+    accuracy = read_json(file).get("accuracy")
+    if not isinstance(accuracy, dict):
+        raise ValueError(f'{file}: no "accuracy": the share of right answers by task is needed')
     return [task for task in tasks.names() if accuracy.get(task, 0.0) >= 0.5]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_engine import ops
+from dllm_engine import inputs, ops
 from dllm_engine.decode import decode
 from dllm_engine.forward import additive
 from dllm_engine.model import LLaDA
@@ -58,11 +58,12 @@ def log_likelihood(
         backend: as for `ops.row_stats`.
 
     Raises:
-        ValueError: an empty target, ids or a length that the model has not, or a number out of range.
+        TypeError, ValueError: an empty target, ids or a length that the model has not, or a number out of range.
     """
-    for name, value, least in (("samples", samples, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
-        if not value >= least:
-            raise ValueError(f"{name}: {value!r} given; at least {least} is needed")
+    inputs.check_count("samples", samples)
+    inputs.check_count("batch_size", batch_size)
+    if not cfg_scale >= 0:
+        raise ValueError(f"cfg_scale: {cfg_scale!r} given; at least 0 is needed")
     limit, ids = model.config.max_sequence_length, model.config.embedding_size
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:

@@ -55,6 +55,8 @@ class PolicyText:
             file, at, tail = value.rpartition("@")
             if not at or Path(value).exists():
                 file, at = value, ""
+            if not file:  # which would be this directory
+                raise ValueError(f"policy: {text!r} given; a filter's file or directory is needed")
             if not Path(file).exists():
                 raise FileNotFoundError(f"filter: {file} does not exist")
             return cls(name, _filter_threshold(tail) if at else None, file)

@@ -87,7 +87,7 @@ def _config(file: Path) -> dict[str, dict[str, Any]]:
 
     try:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not YAML ({error})") from None
     entries = read.items() if isinstance(read, dict) else ()
     if not entries or not all(isinstance(v, dict) and isinstance(v.get("prompt"), str) for _, v in entries):
@@ -195,13 +195,17 @@ def _latin(text: str, about: dict[str, Any]) -> bool:
 
 # -- GSM8K ------------------------------------------------------------------------------------------------------------
 
-_NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last "the answer is" (or GSM8K's "####"), else the last one; None without a number."""
-    stated = re.split(r"the answer is|####", text, flags=re.IGNORECASE)
-    found = re.search(_NUMBER, stated[-1]) if len(stated) > 1 else None
+    """The number that the last "the answer is" (or GSM8K's "####") states, else the last one; None without a number.
+
+    Stated is the first number of the sentence or line, or what its last "=" gives: "the answer is 10 - 3 = 7" is 7.
+    """
+    _, *stated = re.split(r"the answer is|####", text, flags=re.IGNORECASE)
+    sentences = re.split(r"[.!?](?=\s|$)|\n", stated[-1]) if stated else []
+    found = [match[0] for part in sentences if (match := re.search(_NUMBER, part.rpartition("=")[2]))]
     number = found[0] if found else (re.findall(_NUMBER, text) or [None])[-1]
     return None if number is None else Decimal(re.sub(r"[,$]", "", number))
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
 EXACT = "exact match"  # the task of plain rows; a chat stands in the sample's about["messages"]
+COLUMNS = ("text", "generated_tokens", "forward_passes", "tokens_per_forward", "seed")  # what decoding adds to a row
 
 
 def is_right(sample: tasks.Sample, text: str) -> bool:
@@ -43,13 +44,25 @@ def prompt_rows(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
         yield _with_prompt(row, name, number)
 
 
+def check_columns(rows: Iterable[dict[str, Any]], name: str) -> None:
+    """A row of ``name`` that holds one of `COLUMNS` raises ValueError."""
+    for i, row in enumerate(rows):
+        if taken := [column for column in COLUMNS if column in row]:
+            raise ValueError(f"{name}, row {i}: has a field {taken[0]!r} already, which decoding adds; rename it")
+
+
 def read_samples(file: Path, limit: int | None = None) -> list[tasks.Sample]:
-    """Samples of a published file (rows with "input") or of plain rows (a prompt and an "answer"), the first ``limit``.
+    """Samples of plain rows (a prompt and an "answer") or of a published file ("input" instead), the first ``limit``.
 
     Raises:
         FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
     """
-    return _read(file, limit, lambda row, *where: (_published if "input" in row else _plain)(row, *where))
+
+    def sample(row: dict[str, Any], *where: Any) -> tasks.Sample:
+        published = "input" in row and not {"prompt", "messages"} & row.keys()
+        return (_published if published else _plain)(row, *where)
+
+    return _read(file, limit, sample)
 
 
 def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sample]:
@@ -82,7 +95,8 @@ def _published(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
 def _plain(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
     row = _with_prompt(row, str(file), number)
     if not isinstance(row.get("answer"), str):
-        raise ValueError(f'{file}, line {number}: no "answer": a text that the model\'s must equal is needed')
+        found = f'"answer" is {row["answer"]!r}' if "answer" in row else 'no "answer"'
+        raise ValueError(f"{file}, line {number}: {found}: a text that the model's must equal is needed")
     messages = row.get("messages")
     about = {"messages": messages} if messages else {}
     return tasks.Sample(EXACT, messages[-1]["content"] if messages else row["prompt"], row["answer"], about)
@@ -94,16 +108,20 @@ def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, A
     Raises:
         ValueError: another line; says where.
     """
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
-        yield number, row
+    try:
+        for number, line in enumerate(lines, 1):
+            text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
+            yield number, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error})") from None
 
 
 def _with_prompt(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dllm_engine.config import read_json
 
 # The names under which the LLaDA family (and Llama 3, whose template it borrows) ends a turn. A model may end an answer
 # with it before any eos token, so it ends the text; its id comes from the tokenizer.
@@ -24,7 +25,7 @@ def read_facts(directory: Path) -> TokenizerFacts:
     """Size and end ids of the tokenizer in a checkpoint directory.
 
     Raises:
-        ValueError: ``tokenizer.json`` cannot be read.
+        ValueError: ``tokenizer.json`` or ``tokenizer_config.json`` cannot be read.
     """
     file = directory / "tokenizer.json"
     if not file.exists():
@@ -42,8 +43,8 @@ def read_facts(directory: Path) -> TokenizerFacts:
     names = [_END_OF_TURN]
     config = directory / "tokenizer_config.json"
     if config.exists():
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        names.insert(0, eos["content"] if isinstance(eos, dict) else eos)
+        eos = read_json(config).get("eos_token")
+        names.insert(0, eos["content"] if isinstance(eos, dict) else eos or "")
     ids = tuple(i for name in names if name and (i := fast.token_to_id(name)) is not None)
     return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), ids)
 
@@ -69,16 +70,27 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: b
     """Token ids of a prompt; ``chat`` (or a list of messages) goes through the chat template.
 
     Raises:
-        ValueError: a chat was asked for and the tokenizer has no template, or the text gives no token.
+        ValueError: a chat was asked for and the tokenizer has no template or that refuses the messages, or the text
+            is no Unicode or gives no token.
     """
     if chat or not isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat: this model's tokenizer has no chat template; give plain text")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own start token
+        from jinja2 import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        text = prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise ValueError(f"prompt: no Unicode text given ({error})") from None
+    # the template has its own start token
+    ids = tokenizer(text, add_special_tokens=text is prompt)["input_ids"]
     if not ids:
         raise ValueError(f"prompt: {prompt!r} gives no token")
     return list(ids)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_engine.config import read_json
 from dllm_engine.decode import decode
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Oracle
@@ -98,20 +99,20 @@ def collect(
         Tensors over all steps: `FIELDS` float32 and `FLAGS` bool [N, block_length], ``prompt`` int64 [N].
 
     Raises:
-        ValueError: the directory holds traces of another model, prompts or settings.
+        ValueError: the directory holds traces of another model, prompts or settings, or a file that cannot be read.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "gen_length": gen_length, "block_length": block_length, "cache": cache, "end_of_text": end_of_text,
         "batch_size": batch_size,
     }  # fmt: skip
     index = {"format": "dllm-engine traces 4", "caution": list(CAUTION), "ends_wait": ends_wait, "settings": settings}
     index |= {"prompts": len(prompts), "prompts_sha256": _digest(prompts), "model_sha256": fingerprint(model)}
-    _claim(folder / INDEX_FILE, index)
+    _check(folder, index)
     shards = []
     for first in tqdm(range(0, len(prompts), batch_size), desc="traces", unit="batch", disable=not progress or None):
         file = folder / f"traces-{first // batch_size:05d}.safetensors"
@@ -128,9 +129,14 @@ def collect(
                 replays.append(recorder.steps())
             steps = {name: torch.cat([replay[name] for replay in replays]) for name in replays[0]}
             steps["prompt"] += first
+            if not (folder / INDEX_FILE).exists():  # not before there is something that it describes
+                (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
             save_file(steps, file.with_suffix(".new"))  # an interruption leaves no half shard
             file.with_suffix(".new").replace(file)
-        shards.append(load_file(file))
+        try:
+            shards.append(load_file(file))
+        except SafetensorError as error:
+            raise ValueError(f"traces: {file} is damaged ({error}); remove it, and it is made again") from None
     return {name: torch.cat([shard[name] for shard in shards]) for name in (*FIELDS, *FLAGS, "prompt")}
 
 
@@ -147,14 +153,17 @@ def _digest(prompts: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
 
 
-def _claim(file: Path, index: dict[str, Any]) -> None:
-    """Write the directory's index, or see that it is the same."""
+def _check(folder: Path, index: dict[str, Any]) -> None:
+    """Make the directory, or see that what it holds has the same index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / INDEX_FILE
     if not file.exists():
-        file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if any(folder.glob("traces-*.safetensors")):
+            raise ValueError(f"traces: {folder} holds traces, but no {INDEX_FILE} that tells how made; remove it")
         return
-    held = json.loads(file.read_text(encoding="utf-8"))
+    held = read_json(file)
     for key, value in index.items():
         if held.get(key) != value:
-            raise ValueError(
-                f"traces: {file} was made with {key} {held.get(key)}, now {value}; give another directory or remove it"
-            )
+            how = {"prompts_sha256": "other prompts", "model_sha256": "another model"}.get(key)
+            how = how or f"{key} {held.get(key)}, now {value}"
+            raise ValueError(f"traces: {file} was made with {how}; give another directory or remove it")

@@ -7,6 +7,8 @@ is read off the validation prompts for a stated risk, the share of its commits t
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +65,10 @@ def train(
 
     Raises:
         ValueError: a bad argument, or fewer than ten prompts in the traces.
+
+    Warns:
+        UserWarning: too few validation rows to tell such a risk, a filter that commits nothing, or one that was wrong
+            more often on the test prompts.
     """
     if not 0 < risk < 1:
         raise ValueError(f"risk: {risk} given; more than 0 and less than 1 allowed")
@@ -87,7 +93,9 @@ def train(
         undecided = traces["undecided"][parts[name]]
         scored[name] = model(inputs[parts[name]])[undecided].sigmoid(), final[parts[name]][undecided]
     model.threshold = threshold_for(*scored["validation"], risk)
-    return model, {name: figures(p, y, model.threshold) for name, (p, y) in scored.items()}
+    found = {name: figures(p, y, model.threshold) for name, (p, y) in scored.items()}
+    _warn(found["validation"], found["test"], risk)
+    return model, found
 
 
 def split(prompt: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -113,10 +121,22 @@ def threshold_for(probability: Tensor, final: Tensor, risk: float) -> float:
     return (float(p[n - 1]) + below) / 2
 
 
+def _warn(validation: Figures, test: Figures, risk: float) -> None:
+    said, least = [], math.ceil(1 / risk)
+    if validation.rows < least:
+        said.append(f"{validation.rows:,} validation rows cannot tell it, at least {least:,} can: give more prompts")
+    if validation.threshold == 1:
+        said.append("no threshold is that safe on the validation prompts: the filter commits nothing")
+    if test.wrong > risk:
+        said.append(f"{100 * test.wrong:.3g} % of the filter's commits on the test prompts are wrong")
+    if said:
+        warnings.warn(f"risk: {risk} given; " + "; ".join(said), stacklevel=3)
+
+
 def figures(probability: Tensor, final: Tensor, threshold: float) -> Figures:
     """`Figures` of rows with these probabilities [R] and labels bool [R]."""
     chosen = probability > threshold
-    right = (chosen & final).sum().item()
+    right, count = int((chosen & final).sum()), int(chosen.sum())
     bins = []
     place = (probability * BINS).long().clamp_max(BINS - 1)
     for i in range(BINS):
@@ -129,7 +149,7 @@ def figures(probability: Tensor, final: Tensor, threshold: float) -> Figures:
         loss=F.binary_cross_entropy(probability.clamp(1e-7, 1 - 1e-7), final.float()).item(),
         threshold=threshold,
         committed=chosen.float().mean().item(),
-        wrong=1 - right / max(1, int(chosen.sum())),
+        wrong=1 - right / count if count else 0.0,
         found=right / max(1, int(final.sum())),
         calibration=bins,
     )

@@ -67,7 +67,9 @@ class Watch:
         self.live.update(self._panel(text), refresh=True)
 
     def _panel(self, text: Text) -> Panel:
-        return Panel(text, title=self.title, subtitle=f"step {self.steps}", title_align="left", subtitle_align="right")
+        return Panel(
+            text, title=Text(self.title), subtitle=f"step {self.steps}", title_align="left", subtitle_align="right"
+        )
 
     def _words(self, ids: list[int], lead: bool = False) -> str:
         tokens = [i for i in ids if i not in self.model.end_ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_engine.config import LLaDAConfig
+from dllm_engine.config import LLaDAConfig, read_json
 from dllm_engine.model import LLaDA
 
 PREFIX = "model.transformer."  # checkpoint name = PREFIX + the name in our module
@@ -25,7 +24,7 @@ def load_pretrained(path: str | Path, *, device: str | torch.device | None, dtyp
     target_dtype = _float_dtype(dtype)
     target = _device(device)
     directory = _find(path)
-    config = LLaDAConfig.from_dict(_read_json(directory / "config.json"), str(directory / "config.json"))
+    config = LLaDAConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
     shards = _shards(directory)
     model = _empty(config)
     tensors = _read(shards, model, config, target, target_dtype)
@@ -97,23 +96,11 @@ def _find(path: str | Path) -> Path:
         raise FileNotFoundError(f"path: no directory {name!r}, and the hub gave no such model ({error})") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing; a Hugging Face checkpoint directory is needed") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}; a JSON object is needed")
-    return value
-
-
 def _shards(directory: Path) -> dict[Path, list[str] | None]:
     """Shard file -> the tensors that the index says it holds (None: no index, all that it holds)."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: 'weight_map' is missing or empty")
         shards: dict[Path, list[str] | None] = {}
@@ -238,7 +225,7 @@ def _describe(model: LLaDA, directory: Path | None) -> None:
     end_ids = list(model.config.eos_token_ids)
     generation = directory / generation_config.FILE
     if generation.exists():
-        raw = _read_json(generation)
+        raw = read_json(generation)
         eos = raw.get("eos_token_id")
         end_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
         model.generation_defaults = generation_config.defaults(raw, str(generation))
@@ -262,6 +249,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: {device!r} given; {str(error).splitlines()[0]}") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r} given; cpu, cuda or cuda:N allowed")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {device!r} given; this torch sees {torch.cuda.device_count()} CUDA devices")
     return target

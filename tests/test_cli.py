@@ -111,6 +111,8 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--watch", *LENGTH)
     assert status == 0
     assert ANSWER in out
+    assert "[/b] [red]hi" in run(capsys, "generate", "--prompt", "[/b] [red]hi", "--watch", *LENGTH)[1]
+    assert run(capsys, "generate", "--prompt", "", "--watch", *LENGTH)[0] == 0
     status, _, err = run(capsys, "generate", "--prompt", PROMPT, "--watch", "--json")
     assert status == 2
     assert "--watch: cannot be joined with --json" in err
@@ -143,6 +145,12 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
         (("demo", "--data", "/no/copy.jsonl"), "No such file"),
         (("demo", "--limit", "3"), "--limit: needs --data"),
         (("demo", "--batch-size", "0"), "--batch-size: 0 given"),
+        (("demo", "--batch-size", "5"), "--batch-size: needs --data"),
+        (("demo", "--data", "copy.jsonl", "--seed", "3"), "--seed: of the ten questions, not of --data"),
+        (("generate", "--prompt", "x", "--device", "mps"), "device: 'mps' given; cpu, cuda or cuda:N allowed"),
+        (("generate", "--prompt", "x", "--policy", "learn2pd="), "'learn2pd=' given; a filter's file or directory"),
+        (("generate", "--prompt", "x", "--policy", "learn2pd=@0.5"), "'learn2pd=@0.5' given; a filter's file"),
+        (("generate", "--prompt", "x", "--policy", "freedave=99"), "drafts: 99 given; 2 to 32 allowed"),
         ((), "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -164,6 +172,8 @@ def test_errors_are_one_line_and_exit_2(
         ('{"messages": []}', "line 2"),
         ('{"messages": [{"role": "user"}]}', "line 2"),
         ("[1]", "line 2"),
+        ('{"prompt": "\\ud800"}', "prompt 1: prompt: no Unicode text given"),
+        (json.dumps({"prompt": "Copy " * 1000}), "prompt 1: 1008 tokens given; the model has room for 896"),
     ],
 )
 def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, row: str, message: str) -> None:
@@ -172,8 +182,51 @@ def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     status, _, err = run(capsys, "generate", "--prompts", str(file))
     assert status == 2
     assert message in err
+    file.write_bytes(b'{"prompt": "caf\xe9"}')
+    assert "rows.jsonl: not UTF-8" in run(capsys, "generate", "--prompts", str(file))[2]
     file.write_text("\n", encoding="utf-8")
     assert "holds no row" in run(capsys, "generate", "--prompts", str(file))[2]
+
+
+def test_rows_that_have_what_decoding_adds_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": PROMPT, "text": "x"}), encoding="utf-8")
+    status, _, err = run(capsys, "generate", "--prompts", str(file), "--json")
+    assert status == 2
+    assert "rows.jsonl, row 0: has a field 'text' already, which decoding adds; rename it" in err
+    assert run(capsys, "generate", "--prompts", str(file), *LENGTH)[:2] == (0, ANSWER + "\n")
+
+
+def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for stdin in (io.StringIO(" \n"), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = run(capsys, "generate", *LENGTH)
+        assert (status, out) == (2, "")
+        assert "no prompt: give --prompt TEXT" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "stdin: not UTF-8" in run(capsys, "generate", *LENGTH)[2]
+
+
+@pytest.mark.parametrize("error", [MemoryError("120 GB are needed"), RuntimeError("NaN")])
+def test_failures_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_model", fail)
+    assert run(capsys, "generate", "--prompt", "x") == (1, "", f"dllm-engine generate: {error}\n")
+
+
+def test_a_closed_stdout_and_warnings_without_a_place() -> None:
+    command = f'"{sys.executable}" -c "import sys; from dllm_engine.cli import main; sys.exit(main())" '
+    for arguments, said in (
+        ("info >&-", ""),
+        (f'generate --prompt "{PROMPT}" --cache none --gen-length 32', "warning: the filter was trained on cache"),
+    ):
+        done = subprocess.run(command + arguments, shell=True, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr[: len(said)]) == (0, said)
+        assert len(done.stderr.splitlines()) == bool(said)
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,7 @@ def test_options_and_metrics_of_the_page_are_there() -> None:
         (["--host", "example.org"], None, "--host: example.org given"),
         ([], " ", "--api-key-env: DLLM_API_KEY is set but empty"),
         (["--api-key-env", "OTHER", "--host", "::"], None, "set OTHER"),
+        (["--timeout", "inf"], None, "timeout: inf given; a finite number"),
         (["--port", "70000"], None, "--port: 70000 given; 0 to 65535 allowed"),
         (["--max-length", "9999"], None, "max_length: 9999 given; the model has max_sequence_length 1024"),
         (["--host", "192.0.2.1"], "key", "--host, --port: cannot listen on 192.0.2.1:0: "),

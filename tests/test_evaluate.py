@@ -16,6 +16,7 @@ import pytest
 
 from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, evaluate, samples, tasks
 from dllm_engine.decode import decode
+from dllm_engine.demo import trained_tasks
 from dllm_engine.evaluate import Row, Setting
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.tokenizer import answer_text, encode_prompt
@@ -407,12 +408,38 @@ def test_a_missing_matplotlib_is_told_before_decoding(command: Command, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--cache", "dual", "foo"), "cache: 'foo' given"),
+        (("--end-of-text", "foo"), "end_of_text: 'foo' given"),
+        (("--plot", "file"), "File exists: 'file'"),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_is_checked_before_it_is_loaded(
+    command: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    if arguments[0] == "--plot":
+        pytest.importorskip("matplotlib")
+    Path("file").write_text("")
+    monkeypatch.setattr(cli, "_model", None)
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ("--tasks poem", "--tasks: 'poem' given; known: learned, copy"),
         ("--prompts 0", "--prompts: 0 given; at least 1"),
         ("--batch-size 0", "--batch-size: 0 given; at least 1"),
         ("--gen-length -3", "--gen-length: -3 given; at least 1"),
         ("--limit 3", "--limit: needs --data"),
         ("--data /no/copy.jsonl", "No such file"),
+        ("--data copy.jsonl --prompts 5", "--prompts: of fresh questions, not of --data"),
+        ("--data copy.jsonl --seed 1", "--seed: of fresh questions, not of --data"),
+        ("--data copy.jsonl --names 3 6", "--names: of fresh questions, not of --data"),
+        ("--data copy.jsonl --sum-steps 2", "--sum-steps: of fresh questions, not of --data"),
+        ("--data copy.jsonl --largest 9", "--largest: of fresh questions, not of --data"),
         ("--data x --tasks copy", "not allowed with argument"),
         ("--tasks copy --names 5 3", "--names: shortest, longest: 5, 3 given"),
         ("--tasks worded_sums --largest 200", "--sum-steps, --largest: steps, largest: 3, 200 given"),
@@ -461,3 +488,13 @@ def test_a_model_that_does_not_say_what_it_learned(
     status, _, err = command()
     assert status == 2
     assert "has no accuracy.json that tells what the model learned; --data FILE.jsonl or some of copy" in err
+
+
+def test_a_broken_accuracy_file_is_named(tmp_path: Path) -> None:
+    class Model:
+        path = tmp_path
+
+    for text, message in (("{}", 'no "accuracy"'), ("", "is not valid JSON")):
+        (tmp_path / "accuracy.json").write_text(text)
+        with pytest.raises(ValueError, match=f"accuracy.json:? {message}"):
+            trained_tasks(Model())  # type: ignore[arg-type]

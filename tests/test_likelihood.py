@@ -144,3 +144,6 @@ def test_errors_come_before_the_first_call(
 ) -> None:
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         log_likelihood(model, [CONTEXT], [target], **options)
+    for name in ("samples", "batch_size"):
+        with pytest.raises(TypeError, match=f"{name}: 2.5 given; an int is needed"):
+            log_likelihood(model, [CONTEXT], [[3]], **{name: 2.5})

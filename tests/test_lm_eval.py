@@ -222,6 +222,8 @@ def test_other_subcommands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (("--tasks", "demo_copy", "--model_args", "block_length=x"), "block_length: 'x' given; an int"),
         (("--tasks", "demo_copy", "--model_args", "mc_num=0"), "mc_num: 0 given; at least 1"),
         (("--tasks", "demo_copy", "--model_args", "max_length=-1"), "max_length: -1.0 given; an int"),
+        (("--tasks", "demo_copy", "--model_args", "max_length=0"), "max_length: 0 given; at least 1"),
+        (("--tasks", "demo_copy", "--device", "cuda:99"), "device: 'cuda:99' given; this torch sees"),
         (("--tasks", "demo_copy", "--model_args", "seed=-1"), "seed: -1.0 given; an int"),
     ],
 )
@@ -284,7 +286,22 @@ def test_the_tasks_sampling_holds_unless_model_args_says_more(monkeypatch: pytes
         generate(one, max_gen_toks=32, temperature=0.9, do_sample=True)
         generate(one, max_gen_toks=32, temperature=0.9, do_sample=False)
     assert [options.get("temperature") for options in seen] == [None, 0.9, 0.0, 0.4, 0.4, 0.4]
+    generate(plain, max_gen_toks=32, do_sample=True)
+    assert seen.pop()["temperature"] == 1.0
     assert {options["seed"] for options in seen} == {7}
+
+
+def test_what_a_task_asks_for_and_is_not_there_is_refused(lm: DLLMEngine) -> None:
+    asked = {"until": ["\n"], "do_sample": False, "temperature": 0, "top_p": 1.0, "top_k": None, "num_beams": 1}
+    assert generate(lm, max_new_tokens=32, **asked) == "Amy Ford, Grace Wright, Alan Wells"
+    for name, value, message in (
+        ("top_p", 0.95, r"top_p=0.95 given; known: until, .*; --gen_kwargs top_p=1 does without"),
+        ("foo", 3, "foo=3 given; known: until, max_gen_toks"),
+        ("policy", "topk", "policy=topk given; it goes to --model_args"),
+        ("gen_length", 64, "gen_length=64 given; it goes to --model_args"),
+    ):
+        with pytest.raises(ValueError, match=f"^gen_kwargs: {message}"):
+            generate(lm, **{name: value})
 
 
 def test_repeated_requests_are_drawn_anew() -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,26 @@ def test_make_targets_and_extras_that_the_wheel_needs() -> None:
     assert "-march" not in setup  # a wheel runs on CPUs that its builder never saw
     for directory in ("csrc", "kernels", "tests"):
         assert f"graft {directory}" in manifest
+
+
+def test_ninja_reads_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ninja
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    odd = tmp_path / "a b:$c"
+    odd.mkdir()
+    (odd / "in put").write_text("text")
+    lines = [
+        f"flags = {setup['ninja_text'](shlex.quote(str(odd)))}",
+        "rule copy",
+        "  command = test -d $flags && cp $in $out",
+        f"build {setup['ninja_path'](odd / 'out put')}: copy {setup['ninja_path'](odd / 'in put')}",
+    ]
+    (odd / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", odd, "--quiet"], check=True)
+    assert (odd / "out put").read_text() == "text"
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,16 @@ def test_bad_parameters_are_named(make: Any, message: str) -> None:
         FreeDave(rule="threshold")  # type: ignore[arg-type]
 
 
+def test_drafts_beyond_a_block_are_refused() -> None:
+    model = random_model()
+    for block_length, drafts, most in ((8, 9, 8), (4, 9, 8), (16, 17, 16)):
+        settings = {"gen_length": 16, "block_length": block_length}
+        with pytest.raises(ValueError, match=f"^drafts: {drafts} given; 2 to {most} allowed"):
+            decode(model, PROMPTS, policy=FreeDave(drafts), **settings)
+        decode(model, PROMPTS, policy=FreeDave(most), **settings)
+    decode(model, PROMPTS, gen_length=8, block_length=4, policy="freedave")
+
+
 # -- editing -----------------------------------------------------------------------------------------------------------
 
 

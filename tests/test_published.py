@@ -196,6 +196,11 @@ def test_puzzles(data: Path) -> None:
         ("The answer is 1,234,000 dollars, that is 12 a day", "1234000"),
         ("the answer is: **$18.50**", "18.50"),
         ("The answer is 5? No: the answer is 6", "6"),
+        ("The answer is 10 - 3 = 7", "7"),
+        ("The answer is 10 - 3 = 7 apples, 2 a day. Check: 7 + 4 = 11", "7"),
+        ("The answer is:\n\n**5**\n3 + 4 = 7", "5"),
+        ("the answer is .5", ".5"),
+        ("The answer is $.75.", ".75"),
         ("so \\boxed{42}", "42"),
         ("first 5, then -3", "-3"),
         ("it leaves 5-3", "3"),
@@ -306,6 +311,7 @@ GOOD = {"question": "?", "answer": "#### 1"}
         ("--benchmark parallelbench --data text", "text: no task that can be scored here: rhyme: its scorer"),
         ("--benchmark parallelbench --data odd", 'task_config.yaml: tasks with a "prompt" and a "metric" are needed'),
         ("--benchmark parallelbench --data yaml", "task_config.yaml: not YAML"),
+        ("--benchmark parallelbench --data bytes", "task_config.yaml: not YAML"),
         ("--benchmark parallelbench --data data --no-chat", "--no-chat: the questions of a benchmark"),
         ("--benchmark gsm8k --tasks copy --data g.jsonl", "not allowed with argument"),
         ("--benchmark gsm8k --data g.jsonl", 'g.jsonl, line 2: {"question": str, "answer": "… #### NUMBER"} is needed'),
@@ -320,6 +326,8 @@ def test_errors_come_before_the_first_pass(
         Path(name).mkdir()
         if config is not None:
             Path(name, "task_config.yaml").write_text(config, encoding="utf-8")
+    Path("bytes").mkdir()
+    Path("bytes", "task_config.yaml").write_bytes(b"a: \xe9")
     write(Path("g.jsonl"), GOOD, GOOD | {"answer": "1"})
     write(Path("none.jsonl"))
     status, out, err, decodes = command(*arguments.split())

@@ -206,6 +206,13 @@ def test_bad_arguments_fail_before_ray_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_no_directory_is_told_before_the_work(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", some_rows(2))
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FileExistsError, match="out"):
+        Shards(file, tmp_path / "out", rows_per_task=4, seed=0, settings={})
+
+
 def test_the_function_says_what_a_file_of_settings_cannot_hold(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", some_rows(2))
     with pytest.raises(TypeError, match="policy: .* given; text is needed"):

@@ -79,6 +79,11 @@ def test_prompts_that_give_nothing_or_that_the_template_refuses(demo_model: LLaD
     strict.tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(ValueError, match="messages: the model's chat template refuses them: only one turn"):
         PromptEncoder(strict).chat(user("Copy"))
+    with pytest.raises(ValueError, match="messages: the model's chat template refuses them: only one turn"):
+        encode_prompt(strict.tokenizer, "Copy", chat=True)
+    for chat in (False, True):
+        with pytest.raises(ValueError, match="prompt: no Unicode text given .*surrogates not allowed"):
+            encode_prompt(demo_model.tokenizer, "Copy \ud800", chat=chat)
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,6 +94,8 @@ def message(**changes: Any) -> list[dict[str, Any]]:
         ({"policy": "threshold=2"}, "policy", "threshold: 2.0 given"),
         ({"policy": "topk=5"}, "policy", "tokens a step must divide"),
         ({"policy": "topk=64"}, "policy", "steps"),
+        ({"policy": "freedave=20000"}, "policy", "drafts: 20000 given; 2 to 32 allowed"),
+        ({"policy": "learn2pd="}, "policy", "policy: "),
         ({"policy": "learn2pd=/etc/passwd"}, "policy", "policy: a request cannot name a file"),
         ({"policy": "learn2pd=" + str(DEMO_MODEL)}, "policy", "policy: a request cannot name a file"),
         ({"cache": "big"}, "cache", "cache: 'big' given; known"),
@@ -100,6 +103,9 @@ def message(**changes: Any) -> list[dict[str, Any]]:
         ({"block_length": 0}, "block_length", "block_length: 0 given; 1 to 128 allowed"),
         ({"block_length": 129}, "block_length", "1 to 128 allowed"),
         ({"end_of_text": "maybe"}, "end_of_text", "end_of_text: 'maybe' given; known"),
+        ({"n": True}, "n", "n: True given; this server does not support it, only 1"),
+        ({"logprobs": 0}, "logprobs", "logprobs: 0 given; this server does not support it, only False"),
+        ({"stream_options": {"x": True}}, "stream_options", "stream_options.x: Extra inputs are not permitted"),
         ({"n": 2}, "n", "n: 2 given; this server does not support it, only 1"),
         ({"logprobs": True}, "logprobs", "logprobs: True given; this server does not support it, only False"),
         ({"top_p": 0.5}, "top_p", "top_p: 0.5 given"),
@@ -143,6 +149,11 @@ def test_a_field_that_is_wrong_is_named(client: Any, changes: dict[str, Any], pa
 def test_prompts_that_are_wrong(client: Any, prompt: Any) -> None:
     error = refusal(client.post(TEXT, json={"model": "demo", "max_tokens": 8, "prompt": prompt}))
     assert error["param"] == "prompt"
+
+
+def test_log_probabilities_are_refused(client: Any) -> None:
+    error = refusal(client.post(TEXT, json={"model": "demo", "max_tokens": 8, "prompt": "Copy", "logprobs": 0}))
+    assert error["param"] == "logprobs"
 
 
 def test_too_many_prompts(client: Any) -> None:
@@ -246,7 +257,7 @@ def test_no_request_gets_a_5xx(client: Any, changes: dict[str, Any], chat: bool)
 
 
 def test_a_key(demo_model: LLaDA) -> None:
-    with serving(demo_model, api_key="se¢ret") as served, httpx.Client(base_url=served.url) as client:
+    with serving(demo_model, api_key=" se¢ret\n") as served, httpx.Client(base_url=served.url) as client:
         for header in (None, "", "Bearer", "Bearer wrong", "Basic secret", "se¢ret", "Bearer se¢re", "Bearer ¢"):
             headers = {} if header is None else {"authorization": header.encode()}
             for response in (client.post(CHAT, json=GOOD, headers=headers), client.get("/v1/models", headers=headers)):
@@ -266,7 +277,12 @@ def test_a_key(demo_model: LLaDA) -> None:
         ({"max_batch": 0}, "max_batch: 0 given; at least 1"),
         ({"max_queue": 0}, "max_queue: 0 given"),
         ({"max_body": -1}, "max_body: -1 given"),
-        ({"timeout": 0}, "timeout: 0 given; more than 0 seconds"),
+        ({"timeout": 0}, "timeout: 0 given; a finite number, more than 0 seconds"),
+        ({"timeout": math.inf}, "timeout: inf given; a finite number"),
+        ({"timeout": math.nan}, "timeout: nan given; a finite number"),
+        ({"api_key": " "}, "api_key: an empty text given"),
+        ({"max_length": 10}, "max_length: 10 given; a block of 32 and a prompt must fit into max_length 10"),
+        ({"block_length": 5000}, "block_length: 5000 given; a block of 5000 and a prompt must fit"),
         ({"max_length": 2000}, "max_length: 2000 given; the model has max_sequence_length 1024"),
         ({"max_tokens": 40}, "max_tokens: 40 given; block_length 32 must divide it"),
         ({"max_tokens": 256}, "max_tokens: 256 given; max_length 256 leaves no room for a prompt"),
@@ -303,6 +319,12 @@ def test_a_generation_config_gives_the_servers_defaults(demo_model: LLaDA, monke
     planner = Planner(demo_model, Settings("demo", max_length=256, block_length=8, policy="topk").fitted(demo_model))
     options = planner.jobs(CompletionRequest(model="demo", prompt=""), [[4]], lambda event: None)[0].options
     assert (options.block_length, repr(options.policy)) == (8, "TopK()")
+
+
+def test_what_a_generation_config_says_in_vain_is_told(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "generation_defaults", {"steps": 4, "cfg_scale": 0.5, "policy": "topk"})
+    with pytest.warns(UserWarning, match=r"generation_config.json: the server does not use steps and cfg_scale$"):
+        create_app(demo_model, Settings("demo", max_length=256))
 
 
 def test_which_requests_run_together(demo_model: LLaDA) -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from dllm_engine import tasks
+from dllm_engine import samples, tasks
 from dllm_engine.tasks import grids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,9 +154,47 @@ def test_errors_name_what_was_given() -> None:
         tasks.from_parallelbench({"input": {"context": "[]"}, "answer": "[]"}, "insert_index")
     with pytest.raises(ValueError, match="differs from the rule"):
         tasks.from_parallelbench({"input": {"context": '["A B"]'}, "answer": '["C D"]'}, "copy")
+    with pytest.raises(ValueError, match="shortest, longest: 80, 92 given; 2 ≤ shortest ≤ longest ≤ 91 allowed"):
+        tasks.generate("copy", random.Random(0), shortest=80, longest=92)
+    tasks.generate("insert_random", random.Random(0), shortest=91, longest=91)
     with pytest.raises(ValueError, match="no task is called 'poem'"):
         tasks.task_of_file("data/poem.jsonl")
     assert tasks.task_of_file("data/sudoku_n4_12.jsonl") == "sudoku"
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("shuffle", {"input": {"context": '["A B"]'}, "answer": {}}),
+        ("shuffle", {"input": {"context": '["A B", "A B"]'}, "answer": {}}),
+        ("copy", {"input": {"context": '["A B"]'}}),
+        ("copy", {"input": {"context": '["A B"]'}, "answer": "A B"}),
+        ("copy", {"input": {"context": '["A B", 5]'}, "answer": "[]"}),
+        ("copy", {"input": "A B", "answer": "[]"}),
+        ("remove_random", {"input": {"context": "[]"}, "answer": {}}),
+        ("sudoku", {"input": {"sudoku": "0342"}, "answer": 5}),
+        ("latin_square", {"input": {"symbols": ["A", "B"]}, "answer": {}}),
+    ],
+    ids=str,
+)
+def test_a_published_row_that_cannot_be_asked_is_named(task: str, row: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / f"{task}.jsonl"
+    file.write_text("\n" + json.dumps(row), encoding="utf-8")
+    for read in (samples.read_samples, samples.read_parallelbench):
+        with pytest.raises(ValueError, match=f"{task}.jsonl, line 2: not a published row of task '{task}'"):
+            read(file)
+
+
+def test_plain_rows_may_have_an_input_and_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('\ufeff{"prompt": "Copy", "input": "", "answer": "x"}\n', encoding="utf-8")
+    assert [(sample.task, sample.prompt) for sample in samples.read_samples(file)] == [(samples.EXACT, "Copy")]
+    file.write_text('{"prompt": "Copy", "answer": 42}', encoding="utf-8")
+    with pytest.raises(ValueError, match='rows.jsonl, line 1: "answer" is 42: a text'):
+        samples.read_samples(file)
+    file.write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(ValueError, match="rows.jsonl: not UTF-8"):
+        samples.read_samples(file)
 
 
 def test_tokenizer_gives_every_text_back(demo_tokenizer: ModuleType, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,39 @@ def test_traces_of_something_else_are_refused(tmp_path: Path) -> None:
     collect(model, tmp_path)
     with pytest.raises(ValueError, match=r"traces\.json was made with settings .*'cache': 'dual'.*now .*'prefix'"):
         collect(model, tmp_path, cache="prefix")
-    with pytest.raises(ValueError, match="was made with model_sha256"):
+    with pytest.raises(ValueError, match=r"was made with another model; give another directory"):
         collect(tiny_model(seed=6), tmp_path)
     with pytest.raises(ValueError, match="was made with prompts"):
         traces.collect(model, PROMPTS[:3], tmp_path, batch_size=2, progress=False, **SETTINGS)
+    with pytest.raises(ValueError, match="was made with other prompts; give another directory"):
+        traces.collect(model, [*PROMPTS[:4], [6]], tmp_path, batch_size=2, progress=False, **SETTINGS)
+
+
+def test_a_run_that_fails_before_its_first_decode_claims_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(traces, "decode", None)
+        with pytest.raises(TypeError):
+            collect(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    collect(model, tmp_path, cache="prefix")
+    (tmp_path / "traces.json").unlink()
+    with pytest.raises(ValueError, match=r"holds traces, but no traces\.json that tells how made"):
+        collect(model, tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    collect(model, tmp_path)
+    shard, index = tmp_path / "traces-00001.safetensors", tmp_path / "traces.json"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"traces-00001\.safetensors is damaged .*; remove it"):
+        collect(model, tmp_path)
+    index.write_text("")
+    with pytest.raises(ValueError, match=r"traces\.json is not valid JSON"):
+        collect(model, tmp_path)
 
 
 def synthetic(prompts: int = 60, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -171,6 +201,28 @@ def test_figures_by_hand() -> None:
         (0.5, 1.0, 1),
         (0.93, 0.5, 2),
     ]
+
+
+def test_a_filter_that_never_commits_is_never_wrong() -> None:
+    found = train_filter.figures(torch.tensor([0.9, 0.5]), torch.tensor([True, False]), 1.0)
+    assert (found.committed, found.wrong) == (0.0, 0.0)
+
+
+def test_a_risk_that_is_not_kept_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"^risk: 0.0003 given; 96 validation rows cannot tell it, at least 3,334 can"):
+        train_filter.train(synthetic(20), epochs=1, progress=False)
+    data = synthetic(300)
+    test = train_filter.split(data["prompt"], torch.Generator().manual_seed(0))["test"]
+    data["final"][test] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_filter.train(data, risk=0.2, epochs=10, progress=False)
+    data["final"][test] = False
+    with pytest.warns(UserWarning, match=r"^risk: 0.2 given; 100 % of the filter's commits on the test prompts are"):
+        train_filter.train(data, risk=0.2, epochs=10, progress=False)
+    data["final"][:] = False
+    with pytest.warns(UserWarning, match=r"^risk: 0.2 given; no threshold is that safe .*the filter commits nothing$"):
+        train_filter.train(data, risk=0.2, epochs=1, progress=False)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -260,13 +312,17 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 
     assert "--kind: 'token' given; known: block, position" in error("--kind", "token")
     assert "--risk: 1.5 given" in error("--risk", "1.5")
-    assert "--limit: 0 given" in error("--limit", "0")
+    assert "--limit: 5 given; at least 10" in error("--limit", "5")
+    assert "seed: 99999999999999999999 given" in error("--seed", "9" * 20)
+    assert "fx.safetensors given; a directory is needed" in error("--output", str(tmp_path / "fx.safetensors"))
     assert "cache: 'single' given" in error("--cache", "single")
     assert "--prompts: needed with --model" in error("--model", str(checkpoint(tmp_path / "model")))
     assert "No such file" in error("--prompts", str(tmp_path / "none.jsonl"))
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "Copy: 0 Alan Wells"}\n' * 3)
     assert "--prompts: 3 given; at least 10" in error("--prompts", str(few))
+    few.write_text("")
+    assert "--prompts: 0 given; at least 10" in error("--prompts", str(few))
     few.write_text('{"text": "Copy"}\n')
     assert 'few.jsonl, line 1: {"prompt": str}' in error("--prompts", str(few))
     assert not (tmp_path / "out").exists()

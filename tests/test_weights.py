@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from dllm_engine import LLaDA, LLaDAConfig, decode
+from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.tokenizer import read_facts
 
 PREFIX = "model.transformer."
 IDS = torch.tensor([[3, 4, 59, 12, 40]])
@@ -132,6 +135,19 @@ def test_a_stored_head_beside_tied_embeddings_must_equal_them(tmp_path: Path) ->
     edit(directory, weight_tying=False)
     with pytest.raises(ValueError, match=r"weight_tying false, but .*ff_out.weight \(the LM head\) is not"):
         LLaDA.from_pretrained(directory)
+
+
+def test_a_broken_tokenizer_config_is_named(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        read_facts(tmp_path)
+
+
+def test_only_cpus_and_cuda_devices_are_taken() -> None:
+    with pytest.raises(ValueError, match="device: 'mps' given; cpu, cuda or cuda:N allowed"):
+        LLaDA.from_pretrained(DEMO_MODEL, device="mps")
 
 
 def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path, demo_model: LLaDA) -> None:

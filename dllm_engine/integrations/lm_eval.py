@@ -13,8 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from dllm_engine import inputs, likelihood
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.engine import Engine
@@ -30,6 +28,13 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f'lm-eval is missing ({error}); pip install "dllm-engine[lm-eval]"') from error
+
+# What a task's generation_kwargs (or --gen_kwargs) may say; of the latter only what asks for nothing.
+_UNDERSTOOD = (
+    *("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+    *("do_sample", "temperature"),
+)
+_NOTHING = {"top_p": (1,), "top_k": (0, -1), "num_beams": (1,)}
 
 _LOG = logging.getLogger("lm_eval.dllm_engine")  # lm-eval shows what its own loggers say
 
@@ -79,10 +84,9 @@ class DLLMEngine(TemplateLM):
         if unknown := self.options.keys() - DEFAULTS.keys():
             known = {*DEFAULTS, *DLLMEngine.__init__.__annotations__} - {"options", "return"}
             raise ValueError(f"model_args: {', '.join(sorted(unknown))} given; known: {', '.join(sorted(known))}")
-        for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", max_length or 1)):
+        length = 1 if max_length is None else max_length
+        for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", length)):
             inputs.check_count(name, int(value) if str(value).isdigit() else value)
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # lm-eval's default is cuda:0
         path, dtype = (DEMO_MODEL, dtype or "float32") if pretrained == "demo" else (pretrained, dtype)
         self.model = LLaDA.from_pretrained(path, device=device, dtype=dtype)
         self.tokenizer, self._device = self.model.tokenizer, self.model.device
@@ -153,6 +157,7 @@ class DLLMEngine(TemplateLM):
         texts = [""] * len(requests)
         groups: dict[tuple[str, str], list[int]] = {}
         for i, request in enumerate(requests):
+            _check_kwargs(request.args[1])
             groups.setdefault((request.task_name, repr(request.args[1])), []).append(i)
         for (task, _), group in groups.items():
             kwargs = requests[group[0]].args[1]
@@ -162,7 +167,7 @@ class DLLMEngine(TemplateLM):
             prompts = self._fitting([encoded[i] for i in group], [canvas] * len(group))
             options = dict(self.options)
             if "temperature" in kwargs or "do_sample" in kwargs:
-                options.setdefault("temperature", float(normalize_gen_kwargs(kwargs)["temperature"]))
+                options.setdefault("temperature", float(normalize_gen_kwargs(kwargs).get("temperature", 1.0)))
             until = handle_stop_sequences(kwargs.get("until"), eos=None)
             rows, columns = min(self.batch_size, len(group)), max(map(len, prompts)) + canvas
             counted, began = self.generated[task], time.perf_counter_ns()
@@ -232,6 +237,17 @@ class DLLMEngine(TemplateLM):
             "generation": {**_rates(total), "tasks": {task: _rates(own) for task, own in self.generated.items()}},
             "likelihood": _rates(self.likelihoods) | {"mc_num": self.mc_num, "is_check_greedy": self.is_check_greedy},
         }
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """What would be left undone raises ValueError."""
+    for name, value in kwargs.items():
+        if name in _UNDERSTOOD or value is None or value in _NOTHING.get(name, ()):
+            continue
+        if name in DEFAULTS:
+            raise ValueError(f"gen_kwargs: {name}={value} given; it goes to --model_args, and holds for every task")
+        hint = f"; --gen_kwargs {name}={_NOTHING[name][0]} does without" if name in _NOTHING else ""
+        raise ValueError(f"gen_kwargs: {name}={value} given; known: {', '.join(_UNDERSTOOD)}{hint}")
 
 
 def _rates(sums: Counter[str]) -> dict[str, float]:

@@ -10,11 +10,11 @@ from typing import Any
 from dllm_engine import inputs
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.engine import Engine
-from dllm_engine.integrations.shards import COLUMNS
 from dllm_engine.model import LLaDA
 from dllm_engine.options import DEFAULTS, default
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache
+from dllm_engine.samples import COLUMNS
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
 INDEX = "index"

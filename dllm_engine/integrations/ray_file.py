@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_engine.integrations.ray import INDEX, absolute, check_counts, checked, decode_dataset, import_ray
-from dllm_engine.integrations.shards import COLUMNS, Shards
+from dllm_engine.integrations.shards import Shards
 from dllm_engine.options import DEFAULTS
+from dllm_engine.samples import COLUMNS
 
 
 @dataclass(frozen=True)

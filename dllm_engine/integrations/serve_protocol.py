@@ -23,7 +23,7 @@ _MOST_STOPS = 4
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
 
 
@@ -128,7 +128,7 @@ def parsed(kind: type[R], body: bytes) -> R:
         if name not in _WITHOUT_EFFECT:
             raise ApiError(400, f"{name}: unknown parameter", param=name, code="unknown_parameter")
         allowed = _WITHOUT_EFFECT[name]
-        if not (value is None or allowed is None or value in allowed):
+        if not (value is None or allowed is None or any(_same(value, one) for one in allowed)):
             raise ApiError(
                 400,
                 f"{name}: {value!r:.80} given; this server does not support it"
@@ -137,6 +137,11 @@ def parsed(kind: type[R], body: bytes) -> R:
                 code="unsupported_parameter",
             )
     return request
+
+
+def _same(value: Any, other: Any) -> bool:
+    """As JSON has it: 0 is 0.0, but not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _message(index: int, message: Message) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dllm_engine import inputs, policies
+from dllm_engine import generation_config, inputs, policies
 from dllm_engine.integrations.serve_errors import ApiError, refused
 from dllm_engine.integrations.serve_protocol import ChatRequest, Request
 from dllm_engine.integrations.serve_text import Answer
@@ -56,23 +58,37 @@ class Settings:
     temperature: float | None = None
     api_key: str | None = None
 
+    def __post_init__(self) -> None:
+        """What is wrong without a model raises TypeError or ValueError."""
+        for name in ("max_batch", "block_length", "max_queue", "max_body", "max_length", "max_tokens", "gen_length"):
+            if (value := getattr(self, name)) is not None:
+                inputs.check_count(name, value)
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout: {self.timeout} given; a finite number, more than 0 seconds, is needed")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key: an empty text given; a key, or None to ask nobody, is needed")
+
     def fitted(self, model: LLaDA) -> Settings:
         """These, with every None filled in.
 
         Raises:
             TypeError, ValueError: what does not fit each other or the model.
+
+        Warns:
+            UserWarning: the model's ``generation_config.json`` says what a server has no use for.
         """
-        for name in ("max_batch", "block_length", "max_queue", "max_body", "max_length", "max_tokens", "gen_length"):
-            if (value := getattr(self, name)) is not None:
-                inputs.check_count(name, value)
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: {self.timeout} given; more than 0 seconds are needed")
+        if ignored := [name for name in ("steps", "cfg_scale") if model.generation_defaults.get(name)]:
+            warnings.warn(f"{generation_config.FILE}: the server does not use {' and '.join(ignored)}", stacklevel=3)
         names = ("policy", "cache", "block_length", "end_of_text", "temperature")
         left_out = {name: default(model, name) for name in names if getattr(self, name) is None}
         longest, block = model.config.max_sequence_length, self.block_length or left_out["block_length"]
         max_length = min(longest, 1024) if self.max_length is None else self.max_length
         if max_length > longest:
             raise ValueError(f"max_length: {max_length} given; the model has max_sequence_length {longest}")
+        if block >= max_length:
+            name, own = ("max_length", max_length) if self.block_length is None else ("block_length", block)
+            fit = f"a block of {block} and a prompt must fit into max_length {max_length}"
+            raise ValueError(f"{name}: {own} given; {fit}")
         max_tokens = max(max_length // 2 // block, 1) * block if self.max_tokens is None else self.max_tokens
         if max_tokens % block:
             raise ValueError(f"max_tokens: {max_tokens} given; block_length {block} must divide it")

@@ -87,7 +87,7 @@ class Server:
         self.metrics.waiting.set_function(lambda: self.worker.waiting)
         self.started = int(time.time())
         self.accepted = self.answered = 0
-        self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
+        self._key = None if settings.api_key is None else _digest(settings.api_key.strip().encode())
         self._loop: asyncio.AbstractEventLoop
 
     @asynccontextmanager

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_engine import inputs
-from dllm_engine.samples import numbered, prompt_rows
+from dllm_engine.samples import COLUMNS, check_columns, numbered, prompt_rows
 
-COLUMNS = ("text", "generated_tokens", "forward_passes", "tokens_per_forward", "seed")
 SETTINGS_FILE = "settings.json"
 
 
@@ -40,16 +39,13 @@ class Shards:
             self.rows = list(prompt_rows(file, str(prompts)))
         if not self.rows:
             raise ValueError(f"prompts: {prompts} holds no row")
-        for i, row in enumerate(self.rows):
-            if taken := [name for name in COLUMNS if name in row]:
-                raise ValueError(
-                    f"{prompts}, row {i}: has a field {taken[0]!r} already, which decoding adds; rename it"
-                )
+        check_columns(self.rows, str(prompts))
         self._settings = self._settle(seed, {"rows_per_task": rows_per_task} | settings)
         firsts = range(0, len(self.rows), rows_per_task)
         if more := {*self._output.glob("part-*.jsonl")} - {*map(self._file, firsts)}:
             raise ValueError(f"output: {min(more)} holds answers to more rows than the {len(self.rows)} of {prompts}")
         self._missing = [first for first in firsts if not self._is_done(first)]
+        self._output.mkdir(parents=True, exist_ok=True)  # what is no directory must not show after the decoding
         self._arrived: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
 
     @property
@@ -69,7 +65,6 @@ class Shards:
         if len(arrived) < len(part):
             return
         if not (settings := self._output / SETTINGS_FILE).exists():  # not before there is something that it describes
-            self._output.mkdir(parents=True, exist_ok=True)
             _write(settings, json.dumps(self._settings, indent=1) + "\n")
         lines = (json.dumps(row | arrived[i], ensure_ascii=False) + "\n" for i, row in enumerate(part))
         _write(self._file(first), "".join(lines))

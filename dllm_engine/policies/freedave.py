@@ -11,6 +11,8 @@ from dllm_engine.reference import RowStats
 from dllm_engine.rules import ranking
 from dllm_engine.state import BlockState, DecodeState
 
+_DRAFTS = 8
+
 
 class FreeDave(Policy):
     """Draft the next steps of a deterministic ``rule``, compute all drafts in one batch, and go as far as they hold.
@@ -22,14 +24,14 @@ class FreeDave(Policy):
     shapes, so ties closer than that can fall otherwise. A call costs as many rows as ``drafts`` calls.
 
     Args:
-        drafts: canvases a call, ≥ 2.
+        drafts: canvases a call, 2 to the block length (8 are taken for shorter blocks too).
         rule: any rule that decides by the statistics of one pass; one token a step by default.
     """
 
     name = "freedave"
     greedy = True
 
-    def __init__(self, drafts: int = 8, *, rule: Policy | None = None) -> None:
+    def __init__(self, drafts: int = _DRAFTS, *, rule: Policy | None = None) -> None:
         self.rule_ = TopK() if rule is None else rule
         self.drafts = whole("drafts", drafts, 2)
         if not isinstance(self.rule_, Policy):
@@ -54,6 +56,9 @@ class FreeDave(Policy):
         return self.rule_.default_steps(gen_length)
 
     def check(self, model: object, *, block_length: int, cache: str) -> None:
+        most = max(block_length, _DRAFTS)  # more than a block has positions gain nothing; the default fits any block
+        if self.drafts > most:
+            raise ValueError(f"drafts: {self.drafts} given; 2 to {most} allowed with block_length {block_length}")
         self.rule_.check(model, block_length=block_length, cache=cache)
 
     def begin(self, state: DecodeState) -> None:

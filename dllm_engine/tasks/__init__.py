@@ -72,7 +72,7 @@ def generate(
         multiply: whether worded sums may multiply.
 
     Raises:
-        ValueError: unknown task, a range that is empty or longer than 92 people, no step, or numbers beyond 0 to 99.
+        ValueError: unknown task, a range that is empty or longer than 91 people, no step, or numbers beyond 0 to 99.
     """
     _known(task)
     if task in _SUMS:
@@ -84,10 +84,9 @@ def generate(
         return _sudoku(puzzle, solution)
     if task == "latin_square":
         return _latin(rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 4), rng)
-    if not 2 <= shortest <= longest <= len(FIRST):
-        raise ValueError(
-            f"shortest, longest: {shortest}, {longest} given; 2 ≤ shortest ≤ longest ≤ {len(FIRST)} allowed"
-        )
+    most = len(FIRST) - 1  # one more is drawn, to insert or replace with
+    if not 2 <= shortest <= longest <= most:
+        raise ValueError(f"shortest, longest: {shortest}, {longest} given; 2 ≤ shortest ≤ longest ≤ {most} allowed")
     count = rng.randint(shortest, longest)
     people = [f"{a} {b}" for a, b in zip(rng.sample(FIRST, count + 1), rng.sample(LAST, count + 1), strict=True)]
     items, word = people[:-1], people[-1]
@@ -108,7 +107,7 @@ def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
     """A published row (``{"input": {...}, "answer": ...}``) in our template.
 
     Raises:
-        ValueError: unknown task, or a row without the fields of its task.
+        ValueError: unknown task, or a row that is not of its task.
     """
     _known(task)
     if task in _SUMS:
@@ -121,9 +120,10 @@ def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
             return _latin(list(given["symbols"]), random.Random(0))
         items = json.loads(given["context"])
         sample = _list_sample(task, items, given.get("word"), given.get("index"), random.Random(0))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        answer = json.loads(row["answer"]) if isinstance(row["answer"], str) else None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a published row of task {task!r}: {type(error).__name__}: {error}") from None
-    if isinstance(row["answer"], str) and json.loads(row["answer"]) != lists.parse(sample.answer):
+    if answer is not None and answer != lists.parse(sample.answer):
         raise ValueError(f"published answer {row['answer']} differs from the rule of task {task!r}: {sample.answer}")
     return sample
 

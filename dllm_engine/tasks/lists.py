@@ -34,6 +34,8 @@ def _replace(items: list[str], word: str, index: int) -> list[str]:
 
 
 def _shuffled(items: list[str], rng: random.Random) -> list[str]:
+    if len(set(items)) < 2:
+        raise ValueError(f"items: {items} given; at least two different names are needed to shuffle")
     while (mixed := rng.sample(items, len(items))) == items:
         pass
     return mixed
