@@ -11,7 +11,7 @@ from dllm_engine.reference import RowStats
 from dllm_engine.rules import ranking
 from dllm_engine.state import BlockState, DecodeState
 
-_DRAFTS = 8
+_DRAFTS, _MOST_DRAFTS = 8, 64
 
 
 class FreeDave(Policy):
@@ -24,7 +24,7 @@ class FreeDave(Policy):
     shapes, so ties closer than that can fall otherwise. A call costs as many rows as ``drafts`` calls.
 
     Args:
-        drafts: canvases a call, 2 to the block length (8 are taken for shorter blocks too).
+        drafts: canvases a call, 2 to the block length, at most 64 (8 are taken for shorter blocks too).
         rule: any rule that decides by the statistics of one pass; one token a step by default.
     """
 
@@ -56,7 +56,8 @@ class FreeDave(Policy):
         return self.rule_.default_steps(gen_length)
 
     def check(self, model: object, *, block_length: int, cache: str) -> None:
-        most = max(block_length, _DRAFTS)  # more than a block has positions gain nothing; the default fits any block
+        # more than a block has positions gain nothing, and one request must not fill a server's memory
+        most = min(max(block_length, _DRAFTS), _MOST_DRAFTS)
         if self.drafts > most:
             raise ValueError(f"drafts: {self.drafts} given; 2 to {most} allowed with block_length {block_length}")
         self.rule_.check(model, block_length=block_length, cache=cache)
