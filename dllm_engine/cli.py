@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import cli_eval, cli_lm_eval, cli_ray, cli_serve, cli_train
+from dllm_engine import cli_bench, cli_eval, cli_lm_eval, cli_ray, cli_serve, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "Accuracy, forward passes and speed of several settings side by side.")
     _add_model_options(evaluate)
     cli_eval.add_arguments(evaluate)
+
+    bench = command("bench", _bench, "Tokens a second of this model here, beside one token per step and a threshold.")
+    _add_model_options(bench)
+    cli_bench.add_arguments(bench)
 
     train = command("train-filter", _train_filter, "Train a Learn2PD filter on a model's own decodes.")
     _add_model_options(train)
@@ -293,6 +297,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     cli_eval.run(args, lambda: _model(args))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    cli_bench.run(args, lambda: _model(args))
 
 
 def _train_filter(args: argparse.Namespace) -> None:

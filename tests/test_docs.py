@@ -48,6 +48,7 @@ SUBSTITUTIONS = {
     "--prompts 50": "--prompts 2",
     "--chat --prompt": "--gen-length 32 --chat --prompt",  # random weights never end a text
     "--chat --prompts": "--gen-length 32 --chat --prompts",
+    "bench --model": "bench --count 1 --turns 1 --gen-length 32 --model",
     "--benchmark gsm8k": "--benchmark gsm8k --gen-length 32",
     "train-filter --model": "train-filter --epochs 2 --risk 0.9 --gen-length 32 --model",
     "benchmarks/ray_decode.py --workers 1 2":

@@ -1,0 +1,242 @@
+"""``dllm-engine bench``: how fast a model decodes here, under rules that take turns on the same prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from dllm_engine.decode import DecodeOutput
+    from dllm_engine.model import LLaDA
+
+
+class Contender(NamedTuple):
+    """What `decode` is told; ``name`` as the table has it."""
+
+    name: str
+    policy: str
+    cache: str
+    end_of_text: str
+
+
+BASELINES = {  # LLaDA's own way, and the best that needs no training
+    "topk": Contender("one token per step", "topk", "none", "off"),
+    "threshold": Contender("threshold 0.9 + dual cache", "threshold=0.9", "dual", "committed"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE.jsonl", help='first rows of it, {"prompt": str} or {"messages": [...]}'
+    )
+    parser.add_argument(
+        "--count", type=int, default=8, metavar="N", help="prompts; without a file worded sums (%(default)s)"
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put prompts through the chat template (default: where the model has one)",
+    )
+    parser.add_argument(
+        "--policy", nargs="+", default=["auto"], metavar="NAME[=VALUE]", help="what is compared, see `generate` (auto)"
+    )
+    parser.add_argument("--cache", default="dual", metavar="NAME", help="of --policy (%(default)s)")
+    parser.add_argument("--end-of-text", default="auto", metavar="NAME", help="of --policy (%(default)s)")
+    parser.add_argument(
+        "--baselines", nargs="*", default=[*BASELINES], choices=BASELINES, metavar="NAME",
+        help="topk (one token per step, no cache, every position decoded) and threshold (0.9, dual cache, end of text"
+        " committed), in this order before the others; the first row is what the others are compared with (both)",
+    )  # fmt: skip
+    parser.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
+    parser.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once, each in turn (1 8)"
+    )
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each contender (%(default)s)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
+
+
+def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
+    """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+    from tqdm import tqdm
+
+    contenders = _check(args)
+    rows = _rows(args)
+    model = load()
+    prompts = _encode(args, model, rows)
+    records: list[dict[str, Any]] = []
+    sizes = dict.fromkeys(min(size, len(prompts)) for size in args.batch_size)
+    with tqdm(total=len(sizes) * len(contenders) * (args.turns + 1), desc="bench", leave=False, disable=None) as bar:
+        for size in sizes:
+            records += _measure(args, model, prompts, contenders, size, bar.update)
+    if args.json:
+        print(json.dumps(records, indent=1))
+    else:
+        _print(records, model, len(prompts))
+
+
+def _check(args: argparse.Namespace) -> list[Contender]:
+    """Raises ValueError for what is wrong without a model."""
+    from dllm_engine import inputs
+    from dllm_engine.policy_text import PolicyText
+    from dllm_engine.refresh import Cache
+
+    for name in ("count", "gen_length", "block_length", "turns"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} given; at least 1 is needed")
+    if min(args.batch_size) < 1:
+        raise ValueError(f"--batch-size: {min(args.batch_size)} given; at least 1 is needed")
+    for policy in args.policy:
+        PolicyText.parse(policy)
+    Cache.of(args.cache)
+    inputs.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    own = [Contender(policy, policy, args.cache, args.end_of_text) for policy in args.policy]
+    return list(dict.fromkeys([*(BASELINES[name] for name in BASELINES if name in args.baselines), *own]))
+
+
+def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from dllm_engine import tasks
+    from dllm_engine.samples import prompt_rows
+
+    if args.prompts is None:
+        rng = random.Random(0)
+        return [{"prompt": tasks.generate("worded_sums", rng).prompt} for _ in range(args.count)]
+    with open(args.prompts, encoding="utf-8") as file:
+        rows = list(islice(prompt_rows(file, str(args.prompts)), args.count))
+    if not rows:
+        raise ValueError(f"--prompts: {args.prompts} holds no row")
+    return rows
+
+
+def _encode(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]]) -> list[list[int]]:
+    from dllm_engine import inputs, policies
+    from dllm_engine.policy_text import PolicyText
+    from dllm_engine.tokenizer import encode_rows
+
+    chat = bool(getattr(model.tokenizer, "chat_template", None)) if args.chat is None else args.chat
+    prompts = encode_rows(model.tokenizer, rows, chat=chat)
+    longest = max(map(len, prompts))
+    inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
+    for text in args.policy:  # what decode would refuse after the baselines' minutes
+        policy = PolicyText.parse(text)
+        policy.steps(args.gen_length)
+        policies.resolve(policy.make(model), model, block_length=args.block_length, cache=args.cache)
+    return prompts
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: LLaDA,
+    prompts: list[list[int]],
+    contenders: Sequence[Contender],
+    size: int,
+    tick: Callable[[], Any],
+) -> list[dict[str, Any]]:
+    """Figures of every contender at one batch size; each decodes the first batch before, without being timed."""
+    import torch
+
+    from dllm_engine.decode import decode
+    from dllm_engine.policy_text import PolicyText
+
+    rules = {contender: PolicyText.parse(contender.policy) for contender in contenders}
+    made = {contender: rule.make(model) for contender, rule in rules.items()}  # a filter is read once
+
+    def turn(contender: Contender, stop: int = len(prompts)) -> tuple[list[float], list[DecodeOutput]]:
+        seconds, outs = [], []
+        steps = rules[contender].steps(args.gen_length) or args.gen_length  # said, or the model's defaults would count
+        for first in range(0, stop, size):
+            began = time.perf_counter()
+            outs.append(
+                decode(
+                    model, prompts[first : first + size], gen_length=args.gen_length, block_length=args.block_length,
+                    steps=steps, policy=made[contender], cache=contender.cache, end_of_text=contender.end_of_text,
+                    temperature=0.0, cfg_scale=0.0, seed=0, backend=args.backend,
+                )
+            )  # fmt: skip
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        tick()
+        return seconds, outs
+
+    for contender in contenders:
+        turn(contender, stop=1)
+    turns: dict[Contender, list[list[float]]] = {contender: [] for contender in contenders}
+    outs = {}
+    for _ in range(args.turns):
+        for contender in contenders:
+            seconds, outs[contender] = turn(contender)
+            turns[contender].append(seconds)
+
+    texts = {
+        contender: [
+            row[-args.gen_length :][:count]
+            for out in outs[contender]
+            for row, count in zip(out.sequences.tolist(), out.generated_tokens.tolist(), strict=True)
+        ]
+        for contender in contenders
+    }
+    tokens = {contender: sum(map(len, texts[contender])) for contender in contenders}
+    records, first = [], contenders[0]
+    for contender in contenders:
+        passes = sum(int(out.sequence_passes.sum()) for out in outs[contender])
+        taken = [sum(batches) for batches in turns[contender]]
+        faster = [sum(other) / own for own, other in zip(taken, turns[first], strict=True)]
+        records.append({
+            **contender._asdict(), "batch_size": size, "prompts": len(prompts), "turns": args.turns,
+            "forward_passes": passes / len(prompts), "tokens_per_forward": tokens[contender] / passes,
+            "seconds_per_batch": statistics.median(s for batches in turns[contender] for s in batches),
+            "tokens_per_second": tokens[contender] / statistics.median(taken),
+            "times_first": statistics.median(faster) * tokens[contender] / max(tokens[first], 1),
+            "same_texts_as_first": sum(map(operator.eq, texts[first], texts[contender])),
+            "backend": outs[contender][0].settings["backend"],
+        })  # fmt: skip
+    return records
+
+
+def _print(records: Sequence[dict[str, Any]], model: LLaDA, prompts: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dllm_engine.cli_eval import _machine
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    title = f"{prompts} prompts to {model.path and model.path.name}, {_machine(model)}, backend {records[0]['backend']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("prompts\nat once", justify="right")
+    for name in ("policy", "cache"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "forward\npasses",
+        "tokens/\nforward",
+        "seconds\na batch",
+        "tokens/\nsecond",
+        "times\nthe first",
+        "texts as\nthe first",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, r in enumerate(records):
+        new = i == 0 or records[i - 1]["batch_size"] != r["batch_size"]
+        end = i + 1 < len(records) and records[i + 1]["batch_size"] != r["batch_size"]
+        table.add_row(
+            str(r["batch_size"]) if new else "", escape(r["name"]), r["cache"], f"{r['forward_passes']:.1f}",
+            f"{r['tokens_per_forward']:.1f}", f"{r['seconds_per_batch']:.3g}", f"{r['tokens_per_second']:,.0f}",
+            f"{r['times_first']:.1f}", f"{r['same_texts_as_first']}/{prompts}",
+            end_section=end,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "Medians of turns. Tokens: those before the end of the answer. Passes: runs of the transformer a prompt."
+    )
