@@ -64,7 +64,7 @@ def matrices(
     rows: int, dim: int, vocab: int, dtype: torch.dtype, peak: float = 1.0, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """hidden [rows, dim] and head [vocab, dim]: standard normal, logits with standard deviation ``peak``."""
-    source = device if vocab * dim > 2**24 else "cpu"  # the same everywhere, but a CPU would draw large ones for seconds
+    source = device if vocab * dim > 2**24 else "cpu"  # the same everywhere, but for what takes a CPU seconds
     generator = torch.Generator(source).manual_seed(seed)
     hidden = torch.randn(max(rows, 1), dim, generator=generator, device=source)
     head = torch.randn(vocab, dim, generator=generator, device=source) * (peak / dim**0.5)
