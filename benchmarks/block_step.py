@@ -206,7 +206,7 @@ def main() -> None:
     roofs = measured_roofs(device, dtype)
     console.print(f"measured: {roofs['bandwidth'] / 1e9:,.1f} GB/s, {roofs['flops'] / 1e9:,.0f} GFLOP/s")
     model = random_model(shape, device=device, dtype=dtype, max_length=max(lengths))
-    records = []
+    records, file = [], None
     for length in lengths:
         for batch in batches:
             gc.collect()  # the cache of the sizes before, if a cycle holds it
@@ -217,9 +217,11 @@ def main() -> None:
                 continue
             record = measure(model, shape, batch, length, roofs, args.seconds)
             records.append(record | {"layers": shape.n_layers, "width": shape.d_model, "dtype": str(dtype)[6:]})
+            if not args.dry_run:
+                file = append(records[-1:], device)
     show(records, f"{shape.n_layers} layers of {shape.d_model}, {shape.vocab:,} words, {str(dtype)[6:]}", console)
     if not args.dry_run:
-        console.print(f"appended to {append(records, device)}")
+        console.print(f"appended to {file}")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ class Step(NamedTuple):
 BENCHMARKS = (  # in the order of what is lost if time runs out
     ("decode_step", ["decode_step.py", "--seconds", "2"], 120),
     ("block_step", ["block_step.py", "--seconds", "1"], 100),
-    ("tiles", ["tiles.py"], 90),
+    ("tiles", ["tiles.py", "--milliseconds", "25"], 90),
     ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 100),
     ("block_attention", ["block_attention.py", "--seconds", "1"], 60),
-    ("scaling", ["scaling.py", "--seconds", "1"], 120),
+    ("scaling", ["scaling.py", "--seconds", "1", "--gen-lengths", "64", "128", "256"], 120),
 )
 TESTS = ["test_decode_step", "test_block_attention", "test_layer_kernels", "test_gpu"]
 STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS))

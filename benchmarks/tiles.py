@@ -43,8 +43,8 @@ def compile_tiles(rows: int, config: Config) -> str:
     try:
         kernels._score(*arguments(rows, 1264, 256), config)
         torch.cuda.synchronize()
-    except triton.runtime.errors.OutOfResources as error:
-        return str(error)
+    except Exception as error:  # too large for the device, mostly; the others are to be timed in any case
+        return f"{config}: {error}"
     return ""
 
 
@@ -81,10 +81,15 @@ def main() -> None:
             run = functools.partial(kernels._score, *call, config)
             try:
                 error = (logits_of(run()) - truth).abs().max().item()
-            except triton.runtime.errors.OutOfResources:
+            except Exception as reason:
+                if not isinstance(reason, triton.runtime.errors.OutOfResources):
+                    console.print(f"{config} left out: {reason}", markup=False)
                 continue
             if not error <= 1e-4 * (1 + truth.abs().max().item()):
-                raise SystemExit(f"{config}: the best logit of a row of {rows} is off by {error:.2g}")
+                console.print(
+                    f"{config} is WRONG: the best logit of a row of {rows} is off by {error:.2g}", markup=False
+                )
+                continue
             milliseconds = triton.testing.do_bench(run, warmup=10, rep=args.milliseconds, return_mode="median")
             records.append({"benchmark": "tiles", "rows": rows, "seconds": milliseconds / 1e3, **asdict(config)})
         records.sort(key=lambda r: r["seconds"])

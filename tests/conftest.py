@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ def where(request: pytest.FixtureRequest, isas: None) -> tuple[str, str]:
     """(backend, device)."""
     backend, device = request.param
     return backend, device
+
+
+@pytest.fixture(autouse=True)
+def no_old_graphs(request: pytest.FixtureRequest) -> None:
+    """CUDA graphs of an earlier test's engine may hang in cycles, and a capture of another kind must not meet them."""
+    if request.node.get_closest_marker("gpu"):
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
