@@ -1,8 +1,8 @@
 """Which tiles of the Triton scoring kernel are the fastest on this GPU? ``python benchmarks/tiles.py``.
 
-Every candidate of `dllm_engine.kernels.decode_step` scores the same rows of a random LM head; each is checked
-against float64. Printed are the fastest and the one that is taken without
-``DLLM_AUTOTUNE=1``; all are appended to ``benchmarks/results/<device>.jsonl``. Processes compile side by side first.
+Every candidate of `dllm_engine.kernels.tiles` scores the same rows of a random LM head; each is checked against
+float64. Printed are the fastest and the one that is taken without ``DLLM_AUTOTUNE=1``; all are appended to
+``benchmarks/results/<device>.jsonl``. Processes compile side by side first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dllm_engine import ops
 from dllm_engine.kernels import decode_step as kernels
-from dllm_engine.kernels.decode_step import Config
+from dllm_engine.kernels.tiles import Config, candidates
 
 
 def arguments(rows: int, vocab: int, dim: int) -> tuple[Any, ...]:
@@ -64,7 +64,7 @@ def main() -> None:
     vocab, dim = map(int, args.shape.split("x"))
     device, console = torch.device("cuda"), Console(width=120)
 
-    wanted = {(kernels.candidates(rows)[0].rows, config) for rows in args.rows for config in kernels.candidates(rows)}
+    wanted = {(candidates(rows)[0].rows, config) for rows in args.rows for config in candidates(rows)}
     workers = min(12, max(1, (os.cpu_count() or 2) - 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         failures = sum(map(bool, pool.map(compile_tiles, *zip(*sorted(wanted, key=repr), strict=True))))
@@ -77,7 +77,7 @@ def main() -> None:
         logits = torch.cat([hidden.double() @ part.double().T for part in head.split(16384)], 1)
         truth = logits[:, :-1].amax(1)  # the last id is banned
         usual, records = kernels.config_for(hidden, head, rows, False, False), []
-        for config in dict.fromkeys([usual, *kernels.candidates(rows)]):
+        for config in dict.fromkeys([usual, *candidates(rows)]):
             run = functools.partial(kernels._score, *call, config)
             try:
                 error = (logits_of(run()) - truth).abs().max().item()

@@ -55,8 +55,11 @@ class Forward:
     tokens masked, with a cache row of its own.
     """
 
-    def __init__(self, model: LLaDA, state: DecodeState, buffers: Buffers, *, cache: str, cfg_scale: float) -> None:
-        self.model, self.state, self.cache, self.cfg_scale = model, state, cache, cfg_scale
+    def __init__(
+        self, model: LLaDA, state: DecodeState, buffers: Buffers, *, cache: str, cfg_scale: float, reach: int
+    ) -> None:
+        """``reach``: rows from a block's start that the rule may commit."""
+        self.model, self.state, self.cache, self.cfg_scale, self.reach = model, state, cache, cfg_scale, reach
         self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
         if cache != "none":
@@ -87,26 +90,18 @@ class Forward:
         return slots[:count]
 
     def __call__(
-        self,
-        joining: list[int],
-        starts: list[int],
-        ends: list[int],
-        *,
-        refresh: bool,
-        width: int,
-        stored: int | None = None,
+        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the first ``width`` rows of each sequence's block.
 
         Args:
             joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s.
             refresh: see the class.
-            stored: of the rows of a block call under ``"dual"``, how many leave keys in the cache; all by default.
 
         Returns:
             int64 [B'], the sequences; [B', width, D], float32 with guidance, else the model's dtype.
         """
-        call = self.planned(joining, starts, ends, refresh=refresh, width=width, stored=stored)
+        call = self.planned(joining, starts, ends, refresh=refresh, width=width)
         if isinstance(call.columns, slice):
             tokens = self.state.tokens[:, call.columns]
             tokens = tokens if call.everyone else tokens.index_select(0, call.sequences)
@@ -122,26 +117,14 @@ class Forward:
             hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
         return call.sequences, hidden
 
-    def planned(
-        self,
-        joining: list[int],
-        starts: list[int],
-        ends: list[int],
-        *,
-        refresh: bool,
-        width: int,
-        stored: int | None = None,
-    ) -> Call:
+    def planned(self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int) -> Call:
         """What such a call shares with the one before, if nobody moved on."""
-        stored = width if stored is None or refresh or self.cache != "dual" else stored
-        key = refresh, width, stored, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
+        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
         if key != self.key:
-            self.call, self.key = self._plan(joining, starts, ends, refresh, width, stored), key
+            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
         return self.call
 
-    def _plan(
-        self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int, stored: int
-    ) -> Call:
+    def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
         padding = [self.padding[b] for b in joining]
         low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
@@ -181,9 +164,9 @@ class Forward:
             caches = self.kv.whole(rows, slice(low, longest))
         elif self.kv is not None:
             written = columns
-            if stored < width:
+            if self.cache == "dual" and width > self.reach:  # what is only looked at leaves no keys
                 offset = torch.arange(width, device=device)
-                written = torch.where(offset < stored, start + offset, state.length)
+                written = torch.where(offset < self.reach, start + offset, state.length)
             spread = written if isinstance(written, slice) else written.repeat_interleave(ways, 0)
             caches = self.kv.block(len(joining) * ways, spread, slice(low, longest))
         if isinstance(columns, Tensor):

@@ -55,7 +55,6 @@ class Loop:
     def __init__(self, model: LLaDA, state: DecodeState, options: Options, buffers: Buffers) -> None:
         device, policy = model.device, _not_in_use(options.policy, self)
         self.model, self.state, self.policy = model, state, policy
-        self.forward = Forward(model, state, buffers, cache=options.cache.name, cfg_scale=options.cfg_scale)
         banned = (model.mask_id, *range(model.vocab_size, len(model.lm_head)), *options.extra_banned)
         self.scoring: dict[str, Any] = {
             "banned_ids": ops.id_tensor(banned, device),
@@ -70,6 +69,9 @@ class Loop:
         policy.begin(state)
         reach = policy.reach(state.block_length, options.gen_length)
         self.reach = max(state.block_length, min(reach, options.gen_length))
+        self.forward = Forward(
+            model, state, buffers, cache=options.cache.name, cfg_scale=options.cfg_scale, reach=self.reach
+        )
         self.rule = policies.as_rule(policy, state.block_length, device)
         if self.rule is not None:  # once for all steps
             dtype = torch.float32 if options.cfg_scale else model.dtype
@@ -135,7 +137,7 @@ class Loop:
         where, state, model, reach = self.where, self.state, self.model, self.reach
         starts, ends, width = self._extent(joining)
         rows = max(ends) - min(starts) if ahead else width
-        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows, stored=width)
+        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
         hidden, beyond = hidden[:, :width], hidden[:, reach:]
         if self.rule is not None:
             ops.decode_step_(
@@ -209,12 +211,7 @@ class Loop:
         """Raise RuntimeError if a sequence of the last step has no token; ``describe``: (sequence, column) -> name."""
         for b in joined:
             if self.where[b][3] < self.state.length:
-                own = (
-                    ""
-                    if self.rule is not None
-                    else f", or {self.policy!r} gave a NaN score or an id that is not allowed"
-                )
-                raise RuntimeError(
-                    f"no valid token for {describe(b, self.where[b][3])}:"
-                    f" the model gave NaN or infinite logits, or every id is banned{own}"
-                )
+                reasons = "the model gave NaN or infinite logits, or every id is banned"
+                if self.rule is None:
+                    reasons += f", or {self.policy!r} gave a NaN score or an id that is not allowed"
+                raise RuntimeError(f"no valid token for {describe(b, self.where[b][3])}: {reasons}")

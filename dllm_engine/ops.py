@@ -78,12 +78,14 @@ def row_stats(
         _check(noise_keys, "noise_keys", torch.int64, device, (count, 3))
     # eager calls skip the dispatcher (6 µs), compiled ones go through it
     eager = _row_stats if values_known else _run_row_stats
+    if rows.dtype == torch.int64 and not values_known:
+        rows = rows.clamp(-1, 2**31 - 1)  # what is out of range stays so
     run = torch.ops.dllm.row_stats if torch.compiler.is_compiling() else eager
     return RowStats(
         *run(
             hidden,
             lm_head,
-            rows.clamp(-1, 2**31 - 1).int().contiguous(),  # what is out of range stays so
+            rows.int().contiguous(),
             _ids(banned_ids, "banned_ids", lm_head),
             _ids(excluded_ids, "excluded_ids", lm_head),
             probe_ids.contiguous(),
