@@ -16,16 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from dllm_engine.decode import DecodeOutput
+    from dllm_engine.evaluate import Setting
     from dllm_engine.model import LLaDA
+    from dllm_engine.policies import Policy
 
 
 class Contender(NamedTuple):
-    """What `decode` is told; ``name`` as the table has it."""
+    """``name`` as the table has it, the rest as in `Setting`."""
 
     name: str
     policy: str
     cache: str
     end_of_text: str
+
+    def setting(self, args: argparse.Namespace) -> Setting:
+        from dllm_engine.evaluate import Setting
+
+        return Setting(self.policy, self.cache, self.end_of_text, args.block_length, args.gen_length)
 
 
 BASELINES = {  # LLaDA's own way, and the best that needs no training
@@ -70,15 +77,19 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
     from tqdm import tqdm
 
+    from dllm_engine.evaluate import checked
+
     contenders = _check(args)
     rows = _rows(args)
     model = load()
     prompts = _encode(args, model, rows)
+    longest = max(map(len, prompts))
+    made = {contender: checked(model, contender.setting(args), longest) for contender in contenders}
     records: list[dict[str, Any]] = []
     sizes = dict.fromkeys(min(size, len(prompts)) for size in args.batch_size)
     with tqdm(total=len(sizes) * len(contenders) * (args.turns + 1), desc="bench", leave=False, disable=None) as bar:
         for size in sizes:
-            records += _measure(args, model, prompts, contenders, size, bar.update)
+            records += _measure(args, model, prompts, made, size, bar.update)
     if args.json:
         print(json.dumps(records, indent=1))
     else:
@@ -119,52 +130,30 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _encode(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]]) -> list[list[int]]:
-    from dllm_engine import inputs, policies
-    from dllm_engine.policy_text import PolicyText
     from dllm_engine.tokenizer import encode_rows
 
     chat = bool(getattr(model.tokenizer, "chat_template", None)) if args.chat is None else args.chat
-    prompts = encode_rows(model.tokenizer, rows, chat=chat)
-    longest = max(map(len, prompts))
-    inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
-    for text in args.policy:  # what decode would refuse after the baselines' minutes
-        policy = PolicyText.parse(text)
-        policy.steps(args.gen_length)
-        policies.resolve(policy.make(model), model, block_length=args.block_length, cache=args.cache)
-    return prompts
+    return encode_rows(model.tokenizer, rows, chat=chat)
 
 
 def _measure(
     args: argparse.Namespace,
     model: LLaDA,
     prompts: list[list[int]],
-    contenders: Sequence[Contender],
+    contenders: dict[Contender, Policy | str],
     size: int,
     tick: Callable[[], Any],
 ) -> list[dict[str, Any]]:
-    """Figures of every contender at one batch size; each decodes the first batch before, without being timed."""
-    import torch
-
-    from dllm_engine.decode import decode
-    from dllm_engine.policy_text import PolicyText
-
-    rules = {contender: PolicyText.parse(contender.policy) for contender in contenders}
-    made = {contender: rule.make(model) for contender, rule in rules.items()}  # a filter is read once
+    """Figures of every contender (with its policy) at one batch size; the first batch goes before, untimed."""
+    from dllm_engine.evaluate import decode_as, synchronize
 
     def turn(contender: Contender, stop: int = len(prompts)) -> tuple[list[float], list[DecodeOutput]]:
-        seconds, outs = [], []
-        steps = rules[contender].steps(args.gen_length) or args.gen_length  # said, or the model's defaults would count
+        seconds, outs, policy = [], [], contenders[contender]
         for first in range(0, stop, size):
             began = time.perf_counter()
-            outs.append(
-                decode(
-                    model, prompts[first : first + size], gen_length=args.gen_length, block_length=args.block_length,
-                    steps=steps, policy=made[contender], cache=contender.cache, end_of_text=contender.end_of_text,
-                    temperature=0.0, cfg_scale=0.0, seed=0, backend=args.backend,
-                )
-            )  # fmt: skip
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            part = prompts[first : first + size]
+            outs.append(decode_as(model, part, contender.setting(args), policy, seed=first, backend=args.backend))
+            synchronize(model)
             seconds.append(time.perf_counter() - began)
         tick()
         return seconds, outs
@@ -187,7 +176,7 @@ def _measure(
         for contender in contenders
     }
     tokens = {contender: sum(map(len, texts[contender])) for contender in contenders}
-    records, first = [], contenders[0]
+    records, first = [], next(iter(contenders))
     for contender in contenders:
         passes = sum(int(out.sequence_passes.sum()) for out in outs[contender])
         taken = [sum(batches) for batches in turns[contender]]

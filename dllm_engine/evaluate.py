@@ -102,7 +102,7 @@ def run_all(
         encode_prompt(model.tokenizer, s.about.get("messages", s.prompt), chat=chat or s.task != EXACT) for s in samples
     ]
     longest = max(map(len, prompts))
-    runners = [_Turns(s, _checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
+    runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
     for first in range(0, len(samples), batch_size):
         part = slice(first, first + batch_size)
         answers: dict[Setting, Tensor] = {}
@@ -118,7 +118,7 @@ def run_all(
     return [turn.rows for turn in runners]
 
 
-def _checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str:
+def checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str:
     """The setting's policy; raises for whatever `decode` would reject in the middle of the run."""
     text = setting.policy
     lengths = {"gen_length": setting.gen_length, "block_length": setting.block_length}
@@ -144,15 +144,15 @@ def _batch(
     plain = replace(setting, policy_text="topk", steps=None)
     if policy == "oracle":
         if plain not in answers:
-            answers[plain] = _decode(model, prompts, plain, "topk", seed + first).sequences[:, -setting.gen_length :]
+            answers[plain] = decode_as(model, prompts, plain, "topk", seed + first).sequences[:, -setting.gen_length :]
         policy = policies.Oracle(answers[plain])
     if not turn.warm:
-        _decode(model, prompts, setting, policy, seed + first)
+        decode_as(model, prompts, setting, policy, seed + first)
         turn.warm = True
-    _synchronize(model)
+    synchronize(model)
     began = time.perf_counter()
-    out = _decode(model, prompts, setting, policy, seed + first)
-    _synchronize(model)
+    out = decode_as(model, prompts, setting, policy, seed + first)
+    synchronize(model)
     seconds = (time.perf_counter() - began) / len(samples)
     generated = out.sequences[:, -setting.gen_length :]
     if replace(setting, policy_text="topk") == plain and setting.policy_text in ("topk", "topk=1"):
@@ -165,9 +165,15 @@ def _batch(
     return rows
 
 
-def _decode(
-    model: LLaDA, prompts: Sequence[Sequence[int]], setting: Setting, policy: Policy | str, seed: int
+def decode_as(
+    model: LLaDA,
+    prompts: Sequence[Sequence[int]],
+    setting: Setting,
+    policy: Policy | str,
+    seed: int,
+    backend: str = "auto",
 ) -> DecodeOutput:
+    """Decode as the setting says, ``policy`` being its own from `checked`."""
     # everything is said, so that no generation_config.json decides; as many steps as tokens are as good as none given
     return decode(
         model,
@@ -181,10 +187,11 @@ def _decode(
         cache=setting.cache,
         end_of_text=setting.end_of_text,
         seed=seed,
+        backend=backend,
     )
 
 
-def _synchronize(model: LLaDA) -> None:
+def synchronize(model: LLaDA) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()  # host: the clock starts and stops when the work is done
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dllm_engine import LLaDA, cli_bench, decode
+from dllm_engine import LLaDA, cli_bench, decode, evaluate
 from dllm_engine.cli import main
 from dllm_engine.tokenizer import encode_prompt
 
@@ -68,7 +67,7 @@ def test_speed_is_of_tokens_and_turns_are_timed_apart(
         calls.append((options["cache"], len(prompts)))
         return out
 
-    monkeypatch.setattr(sys.modules["dllm_engine.decode"], "decode", counted)
+    monkeypatch.setattr(evaluate, "decode", counted)
     monkeypatch.setattr(cli_bench.time, "perf_counter", lambda: clock[0])
     options = ["--prompts", str(file), "--batch-size", "2", "--turns", "2", "--policy", "topk", "--baselines", "topk"]
     first, second = bench(capsys, *options)
