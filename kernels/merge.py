@@ -155,7 +155,7 @@ def finish_step(
     # rows that fill up a call are all the same one, which ends where it begins: it may not move on under the others
     active = start < old_end
     width = tl.where(active, width, 0)
-    step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
+    step_in_block, failed_before, step = tl.load(progress + 2), tl.load(progress + 3), tl.load(progress + 4)
 
     i = tl.arange(0, WIDTH)
     open_ = (i < width) & (tl.load(undecided + start + i, mask=i < width, other=0) != 0)
@@ -237,5 +237,5 @@ def finish_step(
     tl.store(progress + 1, end, mask=active)
     tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0), mask=active)
     tl.store(progress + 3, tl.minimum(failed_before, failed_at), mask=active)
-    tl.store(progress + 4, tl.load(progress + 4) + 1, mask=active)
+    tl.store(progress + 4, step + 1, mask=active)
     tl.store(progress + 5, left.to(tl.int64), mask=active)

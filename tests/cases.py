@@ -21,6 +21,8 @@ SHAPES = [(64, 127), (128, 4096), (512, 32003), (4096, 126464)]  # (D, V)
 ROWS = [0, 1, 3, 32, 257]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PTX = int(os.environ.get("DLLM_TEST_PTX", "0"))  # 80, 90: Triton's kernels compiled for sm_80, sm_90, see `ptx`
+SLOWLY = INTERPRETED or PTX > 0  # Triton's kernels run on CPU tensors
 
 # Instruction sets that `cpu` would not choose here are backends of their own to the tests.
 ISAS = {
@@ -42,9 +44,9 @@ def all_isas() -> Iterator[None]:
 
 
 def backend_params() -> list[Any]:
-    """(backend, device) of every kernel that this process tests: under the interpreter Triton alone."""
-    if INTERPRETED:
-        return [("triton", "cpu")]
+    """(backend, device) of every kernel that this process tests: where Triton's run on the CPU, these alone."""
+    if SLOWLY:
+        return [("triton", "cpu"), *([("cuda", "cpu")] if PTX == 80 else [])]
     gpu = [
         pytest.param((name, "cuda"), marks=[pytest.mark.gpu], id=f"{name}-cuda")
         for name in ("eager", "triton", "cuda")

@@ -8,13 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import all_isas, backend_params
+from cases import PTX, all_isas, backend_params
 from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.demo import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+if PTX:
+    import ptx.cuda
+    import ptx.triton
+
+    ptx.triton.install(ptx.triton.Device(PTX), setattr)
+    if PTX == 80:  # all that the CUDA kernel is made for
+        ptx.cuda.install(setattr)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, INTERPRETED
+from cases import DTYPES, INTERPRETED, SLOWLY
 from torch import Tensor
 
 from dllm_engine.attention import block_attention_available
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from dllm_engine.kernels import block_attention as module
 from dllm_engine.kernels.block_attention import block_attention
 
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu"] if SLOWLY else [pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -300,7 +300,7 @@ def test_wrong_arguments(name: str) -> None:
         block_attention(**(right | change))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted, it runs on CPUs")
+@pytest.mark.skipif(SLOWLY, reason="interpreted, it runs on CPUs")
 def test_on_a_cpu() -> None:
     zeros, bounds = torch.zeros(1, 1, 1, 16), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, ROWS, SHAPES, compare, matrices, skip_unsupported
+from cases import DTYPES, ROWS, SHAPES, SLOWLY, compare, matrices, skip_unsupported
 from cases import truth as truth_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ def small(shape: tuple[int, int], rows: int, dtype: torch.dtype, backend: str, d
     vocab = shape[1]
     if device == "cuda":
         return vocab < 100_000 or (rows in (3, 257) and dtype == torch.bfloat16)
-    if backend == "triton" or INTERPRETED:
+    if backend == "triton" or SLOWLY:
         return vocab <= 4096 and rows <= 33
     return vocab <= 4096 or (vocab == 32003 and rows <= 32 and backend in ("cpu", "eager"))
 
@@ -50,7 +50,7 @@ def test_row_stats_against_float64(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
+@pytest.mark.skipif(SLOWLY, reason="too large for the interpreter")
 @pytest.mark.parametrize("rows", [1, 32])
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_large_shape(backend: str, rows: int) -> None:
@@ -339,7 +339,7 @@ def test_a_step_commits_what_eager_commits(where: tuple[str, str], name: str, en
     """Same tokens, same state: with logits that differ by rounding, so no decision may hang on it."""
     backend, device = where
     seen = {"committed": 0, "ended": 0, "blocks": 0}
-    for seed in range(4 if INTERPRETED else 12):
+    for seed in range(4 if SLOWLY else 12):
         width = (8, 5, 12)[seed % 3]
         state, expected = (fresh_state(seed, width=width, device=d) for d in (device, "cpu"))
         hidden, head = matrices(4 * width, 64, 64, torch.bfloat16, peak=6.0, seed=seed)
@@ -369,7 +369,7 @@ def test_decisions_are_exact_given_the_statistics(where: tuple[str, str]) -> Non
     backend, device = where
     width = 12
     generator = torch.Generator().manual_seed(0)
-    for seed in range(2 if INTERPRETED else 8):
+    for seed in range(2 if SLOWLY else 8):
         levels = torch.randint(0, 4, (4, width), generator=generator).float() * 2
         hidden = torch.zeros(4, width, 8, dtype=torch.bfloat16)
         hidden[..., 0] = levels
@@ -412,7 +412,7 @@ def read_out(feature: int, cut: float, width: int) -> Rule:
     ("kind", "width"),
     [
         *(("random", width) for width in (1, 2, 5, 32, 45)),
-        *(("each feature", width) for width in ((5,) if INTERPRETED else (5, 33))),
+        *(("each feature", width) for width in ((5,) if SLOWLY else (5, 33))),
     ],
 )
 def test_the_filter_of_a_position_decides_as_eager(where: tuple[str, str], kind: str, width: int) -> None:
@@ -420,7 +420,7 @@ def test_the_filter_of_a_position_decides_as_eager(where: tuple[str, str], kind:
     backend, device = where
     committed = left = 0
     batch = 4 if kind == "random" else 2
-    for seed in range(batch // 2 if INTERPRETED else batch):
+    for seed in range(batch // 2 if SLOWLY else batch):
         expected = fresh_state(seed, width=width, batch=batch)
         hidden, head = matrices(batch * width, 64, 64, torch.bfloat16, peak=(1.0, 3.0, 6.0)[seed % 3], seed=seed)
         hidden = hidden.view(batch, width, 64)
@@ -438,7 +438,7 @@ def test_the_filter_of_a_position_decides_as_eager(where: tuple[str, str], kind:
             torch.manual_seed(seed)
             rules = [
                 Rule(torch.full((width,), math.inf), random_filter(units).packed(), 0.0, position=True)
-                for units in ((17,) if INTERPRETED else (1, 17, 128))
+                for units in ((17,) if SLOWLY else (1, 17, 128))
             ]
         else:
             margin = everything.logit - everything.second_logit
@@ -545,7 +545,7 @@ def test_a_failed_row_is_reported_and_not_committed(where: tuple[str, str]) -> N
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=10 if INTERPRETED else 60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10 if SLOWLY else 60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_small_problem(where: tuple[str, str], data: st.DataObject) -> None:
     backend, device = where

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED, matrices
+from cases import SLOWLY, matrices
 from conftest import ending_model
 from test_decode_step import STATE, fresh_state, rules_for
 from torch import Tensor
@@ -71,7 +71,7 @@ def test_a_commit_by_hand() -> None:
 def test_a_step_commits_what_eager_commits(where: tuple[str, str], name: str, stops: bool) -> None:
     backend, device = where
     held = 0
-    for seed in range(6 if INTERPRETED else 12):
+    for seed in range(6 if SLOWLY else 12):
         width = (8, 5, 12)[seed % 3]
         hidden, head = matrices(4 * width, 64, 64, torch.bfloat16, peak=(6.0, 3.0)[seed % 2], seed=seed)
         head[1] = hidden[: 3 * width : 4].float().sum(0).bfloat16() / 2  # end ids are often the best

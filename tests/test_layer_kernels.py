@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, INTERPRETED
+from cases import DTYPES, INTERPRETED, SLOWLY
 from conftest import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +28,7 @@ import triton.language as tl
 from dllm_engine.kernels import block_attention, layer
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 
-DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu"] if SLOWLY else [pytest.param("cuda", marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 EPS = 1e-5
@@ -487,7 +487,7 @@ def test_no_rows(on_cpu: None) -> None:
     assert silu_mul(none).shape == (0, 3, 8)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="interpreted, they run on CPUs")
+@pytest.mark.skipif(SLOWLY, reason="interpreted, they run on CPUs")
 def test_on_a_cpu() -> None:
     for call in (lambda: silu_mul(ZEROS), lambda: add_norm(ZEROS, None, torch.ones(16), EPS)):
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):

@@ -1,0 +1,113 @@
+"""Launches of Triton kernels on CPU tensors: compiled for a GPU as Triton would, and run by `ptx.machine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptx.machine import Machine
+from ptx.memory import Global
+from ptx.text import Kernel, parse
+
+NAMES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1",
+}  # fmt: skip
+NUMBERS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32, "i1": np.uint8}
+
+
+@dataclass
+class Device:
+    """Stands in for a GPU of compute capability ``arch`` / 10.
+
+    Attributes:
+        launches: names of the kernels that ran.
+    """
+
+    arch: int
+    launches: list[str] = field(default_factory=list)
+    _compiled: dict[Any, tuple[Kernel, int]] = field(default_factory=dict)
+
+    def run(self, kernel: Any, *values: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        """What ``kernel[grid](*values, **options)`` does, instead of ``JITFunction.run``."""
+        from triton.runtime.jit import JITFunction
+
+        assert isinstance(kernel, JITFunction)
+        names = [p.name for p in kernel.params]
+        given = dict(zip(names, values, strict=False)) | {k: v for k, v in options.items() if k in names}
+        options = {k: v for k, v in options.items() if k not in names}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        memory = _memory(tensors.values())
+
+        signature, constants, attributes = {}, {}, {}
+        arguments: list[tuple[Any, Any]] = []
+        for n, parameter in enumerate(kernel.params):
+            value = given[parameter.name]
+            if parameter.name in tensors:
+                kind, number = f"*{NAMES[value.dtype]}", value.data_ptr()
+            elif parameter.is_constexpr or (value == 1 and type(value) is int and not parameter.do_not_specialize):
+                kind, constants[(n,)] = "constexpr", value
+            elif isinstance(value, float):
+                kind, number = "fp32", value
+            else:
+                kind, number = "i32" if -(2**31) <= value < 2**31 else "i64", value
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                continue
+            if kind != "fp32" and number % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(n,)] = [["tt.divisibility", 16]]
+            arguments.append((number, NUMBERS.get(kind, np.uint64)))
+
+        key = kernel.fn, *map(str, (signature, constants, attributes, sorted(options.items())))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(kernel, signature, constants, attributes, options)
+        entry, shared = self._compiled[key]
+        self.launches.append(entry.name)
+        grid = grid(given) if callable(grid) else grid
+        # scratch memory that the compiler may ask for: none
+        arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
+        Machine(entry, memory, grid, shared=shared).run(arguments)
+
+    def _compile(
+        self, kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any
+    ) -> tuple[Kernel, int]:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
+        (entry,) = parse(compiled.asm["ptx"]).values()
+        return entry, compiled.metadata.shared
+
+
+def _memory(tensors: Iterable[Tensor]) -> Global:
+    """Of the storages that they are views of."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values() if s.nbytes())
+
+
+def install(device: Device, put: Callable[[Any, str, Any], None]) -> None:
+    """Triton's kernels run on CPU tensors by ``device``; ``put`` is `setattr`, or one that is undone after a test."""
+    from triton.runtime.jit import JITFunction
+
+    from dllm_engine import graphs
+    from dllm_engine.backends import BACKENDS, Backend
+    from dllm_engine.kernels import block_attention, decode_step, layer
+
+    def run(kernel: Any, *values: Any, **options: Any) -> None:
+        if "UPCAST" in options and kernel is block_attention._attend:
+            options["UPCAST"] = False  # that is for the interpreter
+        device.run(kernel, *values, **options)
+
+    put(JITFunction, "run", run)
+    put(torch.cuda, "get_device_capability", lambda *_: divmod(device.arch, 10))
+    put(layer, "interpreted", lambda: True)  # they take CPU tensors
+    put(block_attention, "interpreted", lambda: True)
+    put(graphs, "block_attention_available", lambda *_: None)
+    BACKENDS["triton"] = Backend("", ("cpu",), decode_step.row_stats, decode_step.decode_step_)

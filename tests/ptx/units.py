@@ -1,0 +1,270 @@
+"""What a GPU does beside arithmetic, for `ptx.machine`: copies under way, matrices in shared memory, tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ptx.memory import Array, Fault
+from ptx.ops import from_bf16
+from ptx.text import Instruction, Operand
+from ptx.warp import WARP, Atomic, Reduction, Shuffle, Unit, Vote, check_whole
+
+POISON = 0xFF
+LANE = np.arange(WARP)
+ROW, PAIR = LANE // 4, 2 * (LANE % 4)  # of a fragment: its row, the first of its two columns
+
+
+class Copies(Unit):
+    """cp.async: what was asked for is nowhere until it is waited for, and where it goes holds nothing."""
+
+    def reset(self, machine: Any) -> None:
+        self.group = np.zeros(machine.threads, np.int64)
+        self.pending: list[tuple[Array, Array, Array, Array]] = []  # threads, groups, addresses, bytes
+
+    def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
+        if i.parts[2] == "commit_group":
+            self.group[mask] += 1
+        elif i.parts[2] == "wait_group":
+            self.wait(machine, mask, int(str(i.operands[0])))
+        elif i.parts[2] in ("cg", "ca"):
+            self.ask(machine, i, mask)
+        else:
+            raise NotImplementedError("not known to this machine")
+
+    def ask(self, machine: Any, i: Instruction, mask: Array) -> None:
+        size = int(str(i.operands[2]), 0)
+        to, source = (machine.addresses(o, mask) for o in i.operands[:2])
+        count = machine.read(i.operands[3], "s32")[mask] if len(i.operands) > 3 else np.full(mask.sum(), size)
+        if not np.isin(count, (0, size)).all():
+            raise NotImplementedError("part of a copy")
+        values, warps = np.zeros((mask.sum(), size), np.uint8), machine.warps[mask]
+        read = count > 0
+        values[read] = machine.memory.get(source[read], size, warps[read], "copy from")
+        machine.shared.put(to, np.full_like(values, POISON), warps, "copy to")
+        self.pending.append((np.flatnonzero(mask), self.group[mask].copy(), to, values))
+
+    def wait(self, machine: Any, mask: Array, but: int) -> None:
+        """Until at most ``but`` of each thread's groups are under way."""
+        left = []
+        for threads, groups, to, values in self.pending:
+            done = mask[threads] & (groups < self.group[threads] - but)
+            if done.any():
+                machine.shared.put(to[done], values[done], machine.warps[threads[done]], "copy arrives")
+            if not done.all():
+                left.append((threads[~done], groups[~done], to[~done], values[~done]))
+        self.pending = left
+
+
+class Matrices(Unit):
+    """ldmatrix, stmatrix: up to four 8 x 8 matrices of 16 bits; lanes 8 m to 8 m + 7 hold the rows' addresses."""
+
+    def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
+        check_whole(mask)
+        load = i.parts[0] == "ldmatrix"
+        registers, at = i.operands if load else reversed(i.operands)
+        count, turned = len(registers), "trans" in i.parts
+        addresses = np.zeros(machine.threads, np.int64)
+        addresses[mask] = machine.addresses(at, mask)
+        for warp in np.unique(machine.warps[mask]):
+            rows = addresses[warp * WARP :][: 8 * count].reshape(count, 8)
+            lanes = slice(warp * WARP, (warp + 1) * WARP)
+            owner = np.full(8, warp, np.int32)
+            for m, register in enumerate(registers):
+                if load:
+                    matrix = machine.shared.get(rows[m], 16, owner, "ldmatrix").view(np.uint16)
+                    pairs = (matrix.T if turned else matrix)[ROW[:, None], PAIR[:, None] + [0, 1]]
+                    value = np.zeros(machine.threads, np.uint32)
+                    value[lanes] = np.ascontiguousarray(pairs).view(np.uint32)[:, 0]
+                    machine.write(register, value, machine.warps == warp)
+                else:
+                    matrix = np.zeros((8, 8), np.uint16)
+                    pairs = machine.read(register, "b32")[lanes, None].copy().view(np.uint16)
+                    matrix[ROW[:, None], PAIR[:, None] + [0, 1]] = pairs
+                    raw = np.ascontiguousarray(matrix.T if turned else matrix).view(np.uint8)
+                    machine.shared.put(rows[m], raw, owner, "stmatrix")
+
+
+def _floats(bits: Array, kind: str) -> Array:
+    """uint16 as float64."""
+    return (from_bf16(bits) if kind == "bf16" else bits.view(np.float16)).astype(np.float64)
+
+
+def _pairs(machine: Any, registers: tuple[str, ...], kind: str) -> Array:
+    """float64 [warps, 32, registers, 2] of registers that hold two elements each."""
+    bits = np.stack([machine.read(r, "b32") for r in registers], 1)
+    return _floats(bits.view(np.uint16), kind).reshape(-1, WARP, len(registers), 2)
+
+
+def _left(machine: Any, registers: tuple[str, ...], kind: str) -> Array:
+    """float64 [warps, 16, 16]: the left operand of m16..k16, from four registers a thread."""
+    pairs = _pairs(machine, registers, kind)
+    out = np.zeros((len(pairs), 16, 16))
+    for r in range(4):
+        out[:, (ROW + 8 * (r % 2))[:, None], PAIR[:, None] + 8 * (r // 2) + [0, 1]] = pairs[:, :, r]
+    return out
+
+
+class Products(Unit):
+    """mma.sync m16n8k16."""
+
+    def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
+        if i.parts[3:] not in ((s, "row", "col", "f32", k, k, "f32") for s in ("m16n8k16",) for k in ("bf16", "f16")):
+            raise NotImplementedError("not known to this machine")
+        check_whole(mask)
+        to, a, b, c = (o if isinstance(o, tuple) else (o,) for o in i.operands)
+        kind = i.parts[7]
+        left, pairs = _left(machine, a, kind), _pairs(machine, b, kind)
+        right = np.zeros((len(pairs), 16, 8))
+        for r in range(2):
+            right[:, PAIR[:, None] + 8 * r + [0, 1], ROW[:, None]] = pairs[:, :, r]
+        product = left @ right
+        for r, (out, add) in enumerate(zip(to, c, strict=True)):
+            part = product[:, ROW + 8 * (r // 2), PAIR + r % 2].reshape(-1)
+            machine.write(out, (part + machine.read(add, "f32")).astype(np.float32))
+
+
+Read = tuple[Array, Array, Array]  # addresses in shared memory, the bytes that were there, the warps that read them
+
+
+class Under(NamedTuple):
+    """A product under way: its results, float32 [threads, registers], and what it reads, to be looked at again."""
+
+    results: Array
+    reads: list[Read]
+
+
+class AsyncProducts(Unit):
+    """wgmma: results are in no register until they are waited for; what is multiplied must stay until then."""
+
+    def reset(self, machine: Any) -> None:
+        self.machine = machine
+        self.open: list[Under] = []
+        self.groups: list[list[Under]] = []
+        self.holds: dict[str, tuple[Under, int]] = {}  # registers of products under way, and moved ones
+        self.dirty: set[str] = set()  # written since the last fence
+
+    def check_read(self, register: str) -> None:
+        if register in self.holds:
+            raise Fault(f"{register} is read while its product is under way")
+
+    def overwritten(self, register: str) -> None:
+        if register in self.holds:
+            raise Fault(f"{register} is written while its product is under way")
+        self.dirty.add(register)
+
+    def moved(self, machine: Any, to: str, source: Operand, mask: Array) -> bool:
+        """Compilers pass results on by moves that become nothing: allowed to stand before the wait."""
+        if not isinstance(source, str) or source not in self.holds:
+            return False
+        if not mask.all():
+            raise Fault(f"{source} is read by some threads while its product is under way")
+        self.holds[to] = self.holds[source]
+        return True
+
+    def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
+        if not mask.all():
+            raise Fault("wgmma: threads apart")
+        what = i.parts[1]
+        if what == "fence":
+            self.dirty.clear()
+        elif what == "commit_group":
+            self.groups.append(self.open)
+            self.open = []
+        elif what == "wait_group":
+            keep = int(str(i.operands[0]))
+            done, self.groups = self.groups[: len(self.groups) - keep], self.groups[len(self.groups) - keep :]
+            self.finish([under for group in done for under in group])
+        else:
+            self.multiply(i)
+
+    def finish(self, done: list[Under]) -> None:
+        for under in done:
+            for at, held, warps in under.reads:
+                if not np.array_equal(self.machine.shared.bytes[at], held):
+                    raise Fault("wgmma: operands were overwritten while the product was under way")
+                self.machine.shared.note_read(at, warps, "wgmma")
+        finished = {id(under) for under in done}
+        for register in [r for r, (under, _) in self.holds.items() if id(under) in finished]:
+            under, n = self.holds.pop(register)
+            self.machine.write(register, under.results[:, n], self.machine.all)
+
+    def multiply(self, i: Instruction) -> None:
+        machine = self.machine
+        shape, kind = i.parts[4], i.parts[6]
+        rows, columns, depth = (int(n) for n in shape[1:].replace("n", " ").replace("k", " ").split())
+        to, a, b = i.operands[:3]
+        assert isinstance(to, tuple)
+        assert (rows, depth, i.parts[5]) == (64, 16, "f32")
+        flags = [int(str(o)) for o in i.operands[4:]]
+        turned = flags[2:] if len(flags) == 4 else [0, *flags[2:]]
+        if flags[:2] != [1, 1] or (turned and turned[0]):
+            raise NotImplementedError("negated operands, or a transposed left one")
+        used = to + (a if isinstance(a, tuple) else ())
+        if self.dirty.intersection(used):
+            raise Fault("wgmma: registers were written and no fence followed")
+        reads: list[Read] = []
+        groups = machine.threads // 128
+        if isinstance(a, tuple):
+            left = _left(machine, a, kind).reshape(groups, 64, 16)
+        else:
+            left = np.stack([self.operand(a, g, 64, kind, reads) for g in range(groups)])
+        right = np.stack([self.operand(b, g, columns, kind, reads, bool(turned[1])) for g in range(groups)])
+        product = left @ right.transpose(0, 2, 1)  # [groups, 64, columns]
+        adds = machine.read(i.operands[3], "pred")
+        results = np.zeros((machine.threads, len(to)), np.float32)
+        lane, warp = machine.lanes, machine.warps
+        for n, register in enumerate(to):
+            row = 16 * (warp % 4) + lane // 4 + 8 * (n // 2 % 2)
+            part = product[warp // 4, row, 8 * (n // 4) + 2 * (lane % 4) + n % 2]
+            held = self.holds.get(register)
+            before = held[0].results[:, held[1]] if held else machine.registers[register].view(np.float32)
+            results[:, n] = part + np.where(adds, before, 0)
+        under = Under(results, reads)
+        self.open.append(under)
+        for n, register in enumerate(to):
+            machine.registers[register].fill(0xFFFFFFFF)
+            self.holds[register] = under, n
+
+    def operand(
+        self, name: Operand, group: int, rows: int, kind: str, reads: list[Read], turned: bool = False
+    ) -> Array:
+        """float64 [rows, 16], by a descriptor of a matrix in shared memory; its rows, or turned its columns of 16, lie
+        in lines of 32, 64 or 128 bytes, eight lines together.
+        """
+        machine = self.machine
+        bits = {int(d) for d in machine.read(name, "b64")[group * 128 : (group + 1) * 128]}
+        if len(bits) != 1:
+            raise Fault("wgmma: threads have different descriptors")
+        descriptor = bits.pop()
+        start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+        swizzle = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
+        if swizzle is None or descriptor >> 49 & 7:
+            raise NotImplementedError("a layout without swizzle, or with an offset")
+        row, column = np.arange(rows)[:, None, None], np.arange(16)[None, :, None]
+        if turned:
+            per_line = swizzle // 2
+            at = row // per_line * leading + row % per_line * 2 + column // 8 * stride + column % 8 * swizzle
+        else:
+            at = row // 8 * stride + row % 8 * swizzle + column * 2
+        at = (start + at + [0, 1]).reshape(rows, 32)
+        at ^= (at >> 7 & swizzle // 16 - 1) << 4
+        if at.max() >= machine.shared_bytes:
+            raise Fault("wgmma: outside shared memory")
+        shared = machine.shared
+        # the four warps multiply together, each may read what another of them wrote
+        own = (shared.written[at] == shared.epoch) & (shared.writer[at] // 4 == group)
+        warps = np.where(own, shared.writer[at], group * 4)
+        shared.note_read(at, warps, "wgmma")
+        held = shared.bytes[at]
+        reads.append((at, held.copy(), warps))
+        return _floats(np.ascontiguousarray(held).view(np.uint16), kind)
+
+
+def units() -> dict[str, Unit]:
+    """By the first part of an opcode."""
+    return {
+        "cp": Copies(), "ldmatrix": Matrices(), "stmatrix": Matrices(), "mma": Products(), "wgmma": AsyncProducts(),
+        "shfl": Shuffle(), "redux": Reduction(), "vote": Vote(), "atom": Atomic(),
+    }  # fmt: skip
