@@ -269,10 +269,20 @@ def block_attention(
         DIRECT=direct,
         UPCAST=interpreted() and q.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         ROWS=config.rows, KEYS=config.keys, DIM=dim, num_warps=config.warps, num_stages=config.stages,
+        enable_fp_fusion=True,  # Triton's default changes
     )  # fmt: skip
     if not direct:
         _merge[(batch * key_heads * triton.cdiv(rows, MERGE_ROWS),)](
-            parts, first, end, out, *shape, *out.stride()[:3], ROWS=MERGE_ROWS, DIM=dim, num_warps=4
+            parts,
+            first,
+            end,
+            out,
+            *shape,
+            *out.stride()[:3],
+            ROWS=MERGE_ROWS,
+            DIM=dim,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 

@@ -331,7 +331,8 @@ def decode_step_(
             waiting_ids, count, width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
             len(end_ids), len(waiting_ids),
             DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
-            FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048, num_warps=8,
+            FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048,
+            num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -341,7 +342,8 @@ def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, stat
     sequences, undecided, progress, _, width, length, step = state or (*(ids,) * 4, 1, 1, None)
     finish_rows[(triton.cdiv(count, 4),)](
         *parts, ids, values, sequences, undecided, progress, count, segments, width, length,
-        STEP=state is not None, ALL_ROWS=step is None or step.all_rows, SEGMENTS=_padded(segments), ROWS=4, num_warps=8,
+        STEP=state is not None, ALL_ROWS=step is None or step.all_rows, SEGMENTS=_padded(segments), ROWS=4,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -371,7 +373,7 @@ def _score(
         temperature, width, length, prompt_length,
         PROBES=probe_ids.shape[1], SAMPLE=temperature > 0, STEP=state is not None, ALL_ROWS=all_rows,
         UPCAST=upcast, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
-        PART=PART, num_warps=config.warps, num_stages=config.stages,
+        PART=PART, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,  # Triton's default changes
     )  # fmt: skip
     return floats, ints
 

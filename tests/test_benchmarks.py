@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import SLOWLY
 
 from dllm_engine import LLaDA, graphs, policies
 from dllm_engine.policy_text import PolicyText
@@ -63,7 +63,7 @@ def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths == [(2, block_step.BLOCK)] * 2
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
 def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: both ways take turns on the same buffers and state, each by its own kernels."""
     import block_step

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import SLOWLY
 from conftest import ending_model
 
 from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs, weights
@@ -203,10 +203,7 @@ def test_what_has_no_fused_rule_or_is_guided_takes_the_other_way(model: LLaDA, m
     decode(model, PROMPTS, policy="topk", **BASE)  # on a CPU
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
 @pytest.mark.parametrize("layers", ["", "apart", "off"])
 def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch, layers: str) -> None:
     """The whole call as on a GPU: attention reads its bounds from the state, the layer's kernels write the cache, the
@@ -239,7 +236,7 @@ def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.
     assert torch.equal(out.sequence_passes, want.sequence_passes)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="test_ops runs this one by Triton's interpreter")
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
 def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has graphs of its own on the same buffers; rows too wide for the norm go the other way."""
     source = ending_model(d_model=32, n_heads=2, n_kv_heads=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import re
 import shutil
@@ -129,6 +130,7 @@ def memory_of(call: bytes) -> Global:
     return Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values())
 
 
+@functools.cache
 def compiled(architecture: str) -> dict[str, Kernel]:
     with tempfile.TemporaryDirectory() as directory:
         to = Path(directory) / "decode_step.ptx"
