@@ -254,9 +254,7 @@ def interpreted() -> bool:
 
 def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool) -> Config:
     """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
-
-    extras: noise or probes, whose registers only a smaller tile leaves free.
-    """
+    extras: noise or probes, whose registers only a smaller tile leaves free."""
     if upcast or head.dtype == torch.float32:
         return PRECISE
     if extras:
