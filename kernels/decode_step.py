@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, add_rest, best_of, finish_rows, finish_step
+from dllm_engine.kernels.absorb import absorb, first_at
+from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, WIDE, Config, candidates
 from dllm_engine.rules import Step
 
@@ -23,51 +24,6 @@ from dllm_engine.rules import Step
 SEGMENT, PART = 512, 64
 FLOATS = tl.constexpr(8)  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
 INTS = tl.constexpr(4)  # token, best_id, second_id, bad
-
-
-@triton.jit
-def _first_at(ids, count, value):
-    """Index of the first of ``count`` ascending ids that is at least ``value``."""
-    low = 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(ids + middle) < value
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def _marked(ids, at, count, columns, last):
-    """bool like ``columns``: which of them are listed, reading on from ``at``; and where to read on after ``last``."""
-    marked = columns < 0
-    going = at < count
-    while going:
-        value = tl.load(ids + at)
-        here = value < last
-        marked = marked | (columns == tl.where(here, value, -1))
-        at = tl.where(here, at + 1, at)
-        going = here & (at < count)
-    return marked, at
-
-
-@triton.jit
-def _gumbel(seed, position, step, columns):
-    """Standard Gumbel noise [rows, ids]: `dllm_engine.noise.gumbel`."""
-    zero = columns * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed[:, None],
-        (columns // 4)[None, :],
-        position.to(tl.int32)[:, None],
-        step.to(tl.int32)[:, None],
-        zero[None, :],
-    )
-    word = (columns % 4)[None, :]
-    bits = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-    u = ((bits.to(tl.uint32).to(tl.float64) + 0.5) * 2.3283064365386963e-10).to(tl.float32)
-    u = tl.minimum(u, 0.9999999403953552).to(tl.float64)
-    return (-tl.log(-tl.log(1.0 - u))).to(tl.float32)
 
 
 @triton.jit
@@ -86,67 +42,6 @@ def _part(x, part: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, PART: tl
         left, right = _halves(x, ROWS, 2 * PART)
         x = left if part % 2 == 0 else right
     return x
-
-
-@triton.jit
-def _absorb(
-    won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at,
-    logits, first, vocab, banned, banned_count, excluded, excluded_count, probe_ids, probe_logits, r, live,
-    temperature, seed, position, step,
-    PROBES: tl.constexpr, SAMPLE: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """The partial states with the logits [ROWS, PART] of ids ``first`` on; and the places in the lists of ids."""
-    columns = first + tl.arange(0, PART)
-    exists = columns < vocab
-    ids = tl.broadcast_to(columns[None, :], [ROWS, PART])
-    bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
-    logits = tl.where(exists[None, :], logits, NEG_INF)
-    if PROBES > 0:
-        for p in tl.static_range(PROBES):
-            wanted = tl.load(probe_ids + r.to(tl.int64) * PROBES + p, mask=live, other=-1)
-            hit = ids == wanted[:, None]
-            value = tl.sum(tl.where(hit, logits, 0.0), 1)
-            tl.store(probe_logits + r * PROBES + p, value, mask=live & (tl.max(hit.to(tl.int32), 1) > 0))
-    is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, first + PART)
-    is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, first + PART)
-    allowed = tl.where(is_banned[None, :], NEG_INF, logits)
-    normal = tl.where(is_excluded[None, :], NEG_INF, logits)
-
-    part_best, part_best_id = best_of(allowed, ids)
-    part_second, part_second_id = best_of(tl.where(ids == part_best_id[:, None], NEG_INF, allowed), ids)
-    if SAMPLE:
-        part_won, part_token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
-        chosen = ids == part_token[:, None]
-        part_logit = tl.where(part_token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
-    else:
-        part_won, part_logit = part_best, part_best
-        chosen = ids == part_best_id[:, None]
-    is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
-    part_inside = tl.where(is_out, NEG_INF, part_logit)
-    others = tl.where(chosen, NEG_INF, normal)
-    part_top = tl.max(others, 1)
-    shifted = others - tl.where(part_top == NEG_INF, 0.0, part_top)[:, None]
-    e = tl.exp(shifted)
-    part_total = tl.sum(e, 1)
-    part_weighted = tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
-
-    # later ids win only if better; the loser joins the rest
-    newer = part_won > (won if SAMPLE else best)
-    loser = tl.where(newer, inside, part_inside)
-    top, total, weighted = add_rest(top, total, weighted, part_top, part_total, part_weighted)
-    top, total, weighted = add_rest(top, total, weighted, loser, tl.where(loser == NEG_INF, 0.0, 1.0), 0.0)
-    inside = tl.where(newer, part_inside, inside)
-    if SAMPLE:
-        won, token = tl.where(newer, part_won, won), tl.where(newer, part_token, token)
-        logit = tl.where(newer, part_logit, logit)
-    newer = part_best > best
-    runner, runner_id = tl.where(newer, best, second), tl.where(newer, best_id, second_id)
-    rival, rival_id = tl.where(newer, part_second, part_best), tl.where(newer, part_second_id, part_best_id)
-    second, second_id = tl.maximum(runner, rival), tl.where(rival > runner, rival_id, runner_id)
-    best, best_id = tl.where(newer, part_best, best), tl.where(newer, part_best_id, best_id)
-    return (
-        won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at
-    )  # fmt: skip
 
 
 @triton.jit(
@@ -199,8 +94,8 @@ def _score_rows(
     readable = (live & inside_rows)[:, None]
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, vocab)
-    banned_at = _first_at(banned, banned_count, begin)
-    excluded_at = _first_at(excluded, excluded_count, begin)
+    banned_at = first_at(banned, banned_count, begin)
+    excluded_at = first_at(excluded, excluded_count, begin)
 
     # one loop over all tiles and depths, so that a tile's statistics are taken while the next one comes in
     first, k = begin, 0
@@ -220,7 +115,7 @@ def _score_rows(
                 (
                     won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at,
                     excluded_at,
-                ) = _absorb(
+                ) = absorb(
                     won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at,
                     excluded_at, _part(logits, part, ROWS, IDS, PART), first + part * PART, vocab, banned,
                     banned_count, excluded, excluded_count, probe_ids, probe_logits, r, live, temperature, seed,

@@ -27,8 +27,8 @@ def add_rest(top, total, weighted, top2, total2, weighted2):
 def best_of(values, ids):
     """Largest value of each row and the lowest id that has it; NO_ID for a row of −inf."""
     best = tl.max(values, 1)
-    hit = (values == best[:, None]) & (values > NEG_INF)
-    return best, tl.min(tl.where(hit, ids, NO_ID), 1)
+    first = tl.min(tl.where(values == best[:, None], ids, NO_ID), 1)
+    return best, tl.where(best == NEG_INF, NO_ID, first)
 
 
 @triton.jit

@@ -193,24 +193,32 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     return hopper
 
 
-def score(device: Any, rows: int) -> None:
-    """Statistics of so many rows over two segments, against float64."""
+def score(device: Any, rows: int, dim: int = 448, vocab: int = 700) -> None:
+    """Statistics of so many rows, against float64."""
     from dllm_engine.kernels import decode_step
     from dllm_engine.reference import RowStats
 
-    hidden, head = matrices(rows, 448, 700, torch.bfloat16, peak=3.0)
+    hidden, head = matrices(rows, dim, vocab, torch.bfloat16, peak=3.0)
     index, none = torch.arange(rows, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
     banned, excluded = torch.tensor([0, 5, 699], dtype=torch.int32), torch.tensor([5, 9], dtype=torch.int32)
     fields = decode_step.row_stats(hidden, head, index, banned, excluded, none.view(rows, 0), 0.0, none)
     stats = RowStats(*fields)
     compare(stats, truth(hidden, head, index, (0, 5, 699), (5, 9)))
-    assert device.launches == ["_score_rows", "finish_rows"]
+    assert device.launches[-2:] == ["_score_rows", "finish_rows"]
 
 
 @pytest.mark.parametrize("rows", [5, 70])
 def test_hopper_scores_rows(device: Any, rows: int) -> None:
     """By tiles of 16 rows on `mma.sync`, and of 128 on `wgmma`."""
     score(device, rows)
+
+
+def test_statistics_take_few_instructions(device: Any) -> None:
+    """At many rows they are what tensor cores wait for: two tiles of plain ids, 128 logits a thread each."""
+    for vocab in (768, 1024):
+        score(device, 128, 64, vocab)
+    score_768, _, score_1024, _ = device.instructions
+    assert 15 < (score_1024 - score_768) / 128 < 27
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,11 @@ def _add(kind: str, modifiers: tuple[str, ...], a: Array, b: Array) -> Array:
         value = exact.astype(np.float32)
         return np.where(np.abs(value) > np.abs(exact), np.nextafter(value, np.float32(0)), value)
     return _saturated(modifiers, a + b)
+
+
+def _extreme(strict: Any, lenient: Any, kind: str, modifiers: tuple[str, ...], a: Array, b: Array) -> Array:
+    """A number, if one of the operands is one; ``.NaN``: only if both are."""
+    return (lenient if kind in FLOATS and "NaN" not in modifiers else strict)(a, b)
 
 
 def _divide(kind: str, modifiers: tuple[str, ...], a: Array, b: Array) -> Array:
@@ -237,8 +243,7 @@ VALUE: dict[str, Value] = {
     "add": Value(_add), "sub": Value(lambda kind, m, a, b: _add(kind, m, a, -b if kind in FLOATS else (0 - b))),
     "mul": Value(_multiply), "mad": Value(_multiply_add, _wide_third), "fma": Value(_fused), "div": Value(_divide),
     "rem": Value(_remainder),
-    "min": _plain(lambda a, b: np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b)),
-    "max": _plain(lambda a, b: np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b)),
+    "min": Value(partial(_extreme, np.minimum, np.fmin)), "max": Value(partial(_extreme, np.maximum, np.fmax)),
     "abs": _unary(np.abs), "neg": _unary(lambda a: -a if a.dtype.kind == "f" else (0 - a).astype(a.dtype)),
     "and": _plain(lambda a, b: a & b), "or": _plain(lambda a, b: a | b), "xor": _plain(lambda a, b: a ^ b),
     "not": _unary(lambda a: ~a), "shl": Value(_shift_left, _by), "shr": Value(_shift_right, _by),

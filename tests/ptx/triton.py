@@ -26,11 +26,12 @@ class Device:
     """Stands in for a GPU of compute capability ``arch`` / 10.
 
     Attributes:
-        launches: names of the kernels that ran.
+        launches: names of the kernels that ran. instructions: how many each thread was given there, in all its blocks.
     """
 
     arch: int
     launches: list[str] = field(default_factory=list)
+    instructions: list[int] = field(default_factory=list)
     _compiled: dict[Any, tuple[Kernel, int]] = field(default_factory=dict)
 
     def run(self, kernel: Any, *values: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
@@ -71,7 +72,9 @@ class Device:
         grid = grid(given) if callable(grid) else grid
         # scratch memory that the compiler may ask for: none
         arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
-        Machine(entry, memory, grid, shared=shared).run(arguments)
+        machine = Machine(entry, memory, grid, shared=shared)
+        machine.run(arguments)
+        self.instructions.append(sum(machine.counts.values()))
 
     def _compile(
         self, kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any
