@@ -123,7 +123,7 @@ def memory_of(call: bytes) -> Global:
     pointers = set(memoryview(call).cast("Q").tolist())
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             if any(storage.data_ptr() <= p < storage.data_ptr() + storage.nbytes() for p in pointers):
                 storages[storage.data_ptr()] = storage

@@ -31,19 +31,20 @@ class Machine:
         mask: threads that take part in the instruction that runs. counts: instructions issued by name.
     """
 
-    def __init__(self, kernel: Kernel, memory: Global, grid: Sequence[int], threads: int = 0, shared: int = 0) -> None:
-        self.kernel, self.memory = kernel, memory
-        self.threads = threads or kernel.threads
+    def __init__(self, kernel: Kernel, memory: Global, grid: Sequence[int], shared: int = 0) -> None:
+        """shared: bytes of shared memory beside the kernel's own."""
+        self.kernel, self.memory, self.threads = kernel, memory, kernel.threads
         self.grid = (*grid, 1, 1)[:3]
         self.shared_bytes = kernel.static_bytes + shared
-        self.thread = np.arange(self.threads)
-        self.warps, self.lanes = (self.thread // WARP).astype(np.int32), self.thread % WARP
+        self.numbers = np.arange(self.threads)
+        self.warps, self.lanes = (self.numbers // WARP).astype(np.int32), self.numbers % WARP
         self.all = np.ones(self.threads, bool)
         self.counts: dict[str, int] = {}
         self.units = units()
         products = self.units["wgmma"]
         assert isinstance(products, AsyncProducts)
         self.products = products
+        self.program = [self._compile(i) for i in kernel.code]
 
     def run(self, arguments: Sequence[tuple[Any, Any]], order: Sequence[int] | None = None) -> None:
         """arguments: (value, numpy dtype) each, or bytes of a structure. order: in which blocks run."""
@@ -62,11 +63,11 @@ class Machine:
         self.shared = Memory(np.full(self.shared_bytes, POISON, np.uint8), 0)
         self.memory.barrier()
         self.registers: dict[str, Array] = {
-            name: np.full(self.threads, -1 & ((1 << bits) - 1) if bits > 1 else False, UINT[bits])
+            name: np.full(self.threads, (1 << bits) - 1 if bits > 1 else False, UINT[bits])
             for name, bits in self.kernel.registers.items()
         }
         index = (block % x, block // x % y, block // (x * y))
-        special = {"%tid.x": self.thread, "%laneid": self.lanes, "%ntid.x": self.threads, "%warpid": self.warps}
+        special = {"%tid.x": self.numbers, "%laneid": self.lanes, "%ntid.x": self.threads, "%warpid": self.warps}
         special |= {f"%ctaid.{d}": i for d, i in zip("xyz", index, strict=True)}
         special |= {f"%nctaid.{d}": i for d, i in zip("xyz", self.grid, strict=True)}
         for name in ("%tid.y", "%tid.z"):
@@ -75,8 +76,6 @@ class Machine:
             self.registers[name] = np.broadcast_to(np.asarray(value, np.uint32), self.threads).copy()
         for unit in self.units.values():
             unit.reset(self)
-        if not hasattr(self, "program"):
-            self.program = [self._compile(i) for i in self.kernel.code]
         self._threads()
 
     # -- control flow: groups of threads at the same instruction, the one that is furthest behind runs ---------------
@@ -171,8 +170,6 @@ class Machine:
         if operand.startswith(("0f", "0d")):
             bits = np.array([int(operand[2:], 16)], np.uint32 if operand[1] == "f" else np.uint64)
             return np.broadcast_to(bits.view(dtype), self.threads)
-        if operand in ("global_smem",) or operand.endswith("sharedE"):  # dynamic shared memory
-            return np.full(self.threads, self.kernel.static_bytes, dtype)
         if kind == "pred":
             return np.full(self.threads, operand in ("-1", "1"))
         number = int(operand, 0)

@@ -22,7 +22,8 @@ class Instruction:
 class Kernel:
     """An ``.entry``: parameters (name to offset and bytes), registers (name to bits; 1: predicate), code.
 
-    labels: name to the index of the instruction that follows. shared: static variables (name to offset).
+    labels: name to the index of the instruction that follows. shared: variables (name to offset); what is not declared
+    with a size lies behind the ``static_bytes`` of the others.
     """
 
     name: str
@@ -93,6 +94,7 @@ def parse(text: str) -> dict[str, Kernel]:
     """The entries of a module by name."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     kernels = {}
+    dynamic = re.findall(r"\.extern\s+\.shared\s[^;]*?([\w$]+)\[\]", text)
     pattern = r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{(.*?)\n\}"
     for name, header, directives, body in re.findall(pattern, text, re.DOTALL):
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", directives)
@@ -111,5 +113,6 @@ def parse(text: str) -> dict[str, Kernel]:
                 _declare(kernel, statement)
             else:
                 kernel.code.append(_instruction(statement))
+        kernel.shared.update(dict.fromkeys(dynamic, kernel.static_bytes))
         kernels[name] = kernel
     return kernels

@@ -125,7 +125,8 @@ class Products(Unit):
             machine.write(out, (part + machine.read(add, "f32")).astype(np.float32))
 
 
-Read = tuple[Array, Array, Array]  # addresses in shared memory, the bytes that were there, the warps that read them
+Read = tuple[Array, Array]  # addresses in shared memory, the bytes that were there
+ALL = np.int32(-1)  # several warps
 
 
 class Under(NamedTuple):
@@ -133,6 +134,7 @@ class Under(NamedTuple):
 
     results: Array
     reads: list[Read]
+    registers: tuple[str, ...]  # of its left operand
 
 
 class AsyncProducts(Unit):
@@ -152,6 +154,8 @@ class AsyncProducts(Unit):
     def overwritten(self, register: str) -> None:
         if register in self.holds:
             raise Fault(f"{register} is written while its product is under way")
+        if any(register in under.registers for group in (*self.groups, self.open) for under in group):
+            raise Fault(f"{register} is written while it is multiplied")
         self.dirty.add(register)
 
     def moved(self, machine: Any, to: str, source: Operand, mask: Array) -> bool:
@@ -181,14 +185,14 @@ class AsyncProducts(Unit):
 
     def finish(self, done: list[Under]) -> None:
         for under in done:
-            for at, held, warps in under.reads:
+            for at, held in under.reads:
                 if not np.array_equal(self.machine.shared.bytes[at], held):
                     raise Fault("wgmma: operands were overwritten while the product was under way")
-                self.machine.shared.note_read(at, warps, "wgmma")
+                self.machine.shared.note_read(at, ALL, "wgmma")
         finished = {id(under) for under in done}
         for register in [r for r, (under, _) in self.holds.items() if id(under) in finished]:
             under, n = self.holds.pop(register)
-            self.machine.write(register, under.results[:, n], self.machine.all)
+            self.machine.registers[register][:] = np.ascontiguousarray(under.results[:, n]).view(np.uint32)
 
     def multiply(self, i: Instruction) -> None:
         machine = self.machine
@@ -201,8 +205,8 @@ class AsyncProducts(Unit):
         turned = flags[2:] if len(flags) == 4 else [0, *flags[2:]]
         if flags[:2] != [1, 1] or (turned and turned[0]):
             raise NotImplementedError("negated operands, or a transposed left one")
-        used = to + (a if isinstance(a, tuple) else ())
-        if self.dirty.intersection(used):
+        registers = a if isinstance(a, tuple) else ()
+        if self.dirty.intersection(to + registers):
             raise Fault("wgmma: registers were written and no fence followed")
         reads: list[Read] = []
         groups = machine.threads // 128
@@ -221,7 +225,7 @@ class AsyncProducts(Unit):
             held = self.holds.get(register)
             before = held[0].results[:, held[1]] if held else machine.registers[register].view(np.float32)
             results[:, n] = part + np.where(adds, before, 0)
-        under = Under(results, reads)
+        under = Under(results, reads, registers)
         self.open.append(under)
         for n, register in enumerate(to):
             machine.registers[register].fill(0xFFFFFFFF)
@@ -252,13 +256,9 @@ class AsyncProducts(Unit):
         at ^= (at >> 7 & swizzle // 16 - 1) << 4
         if at.max() >= machine.shared_bytes:
             raise Fault("wgmma: outside shared memory")
-        shared = machine.shared
-        # the four warps multiply together, each may read what another of them wrote
-        own = (shared.written[at] == shared.epoch) & (shared.writer[at] // 4 == group)
-        warps = np.where(own, shared.writer[at], group * 4)
-        shared.note_read(at, warps, "wgmma")
-        held = shared.bytes[at]
-        reads.append((at, held.copy(), warps))
+        machine.shared.note_read(at, ALL, "wgmma")
+        held = machine.shared.bytes[at]
+        reads.append((at, held.copy()))
         return _floats(np.ascontiguousarray(held).view(np.uint16), kind)
 
 
