@@ -161,7 +161,7 @@ def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         TypeError, ValueError: not an int in [0, 2^63), or a list of another length than the batch.
     """
     if seed is None:
-        seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, (), device="cpu"))
     if isinstance(seed, int) and not isinstance(seed, bool):
         seeds = [seed + i for i in range(batch)]
     elif isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):

@@ -136,7 +136,7 @@ def decode_step_(
     if end_ids is None:
         end_ids = torch.empty(0, dtype=torch.int64, device=device)
     ids = torch.zeros(2, batch, width, dtype=torch.int64, device=device)
-    values = torch.full((5, batch, width), -math.inf, device=device)
+    values = torch.full((5, batch, width), -math.inf, dtype=torch.float32, device=device)
     eager = _decode_step_ if known else _run_decode_step_
     run = torch.ops.dllm.decode_step_ if torch.compiler.is_compiling() else eager
     run(
