@@ -91,7 +91,8 @@ def _estimates(
     sums, passes, told = [0.0] * len(targets), [0] * len(targets), 0
 
     def run() -> None:
-        losses = _losses(model, contexts, targets, batch, cfg_scale, backend)
+        with torch.autocast(model.device.type, enabled=False):  # the model's own type, as when decoding
+            losses = _losses(model, contexts, targets, batch, cfg_scale, backend)
         for row, loss in zip(batch, losses, strict=True):
             sums[row.request] -= row.weight * loss
         batch.clear()

@@ -299,3 +299,21 @@ def test_the_default_device_is_not_the_models(policy: str) -> None:
         (found,) = likelihood.log_likelihood(model, [[4, 5]], [[3] * 20], samples=4)
     assert torch.equal(out.sequences, decode(model, PROMPTS, **settings).sequences)
     assert [found] == list(likelihood.log_likelihood(model, [[4, 5]], [[3] * 20], samples=4))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_autocast_changes_nothing(backend: str, cache: str) -> None:
+    """The model's type decides. Keys of autocast's did not fit the cache, and without a cache other tokens came."""
+    model = ending_model()
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "cache": cache, "policy": "threshold=0.5"}
+    target = [[4, 5, 6]], [[3, 9, 12]]
+    expected = decode(model, PROMPTS, **settings).sequences
+    (likely,) = likelihood.log_likelihood(model, *target)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Engine(model, max_batch=2, max_length=24) as engine:
+        assert torch.equal(decode(model, PROMPTS, backend=backend, **settings).sequences, expected)
+        for result in engine.generate_many(PROMPTS, backend=backend, **settings):
+            assert torch.is_autocast_enabled("cpu")
+            assert result.sequence.tolist() == expected[result.index, -len(result.sequence) :].tolist()
+        (found,) = likelihood.log_likelihood(model, *target, backend=backend)
+        assert found.value == pytest.approx(likely.value)
