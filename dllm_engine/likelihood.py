@@ -62,8 +62,7 @@ def log_likelihood(
     """
     inputs.check_count("samples", samples)
     inputs.check_count("batch_size", batch_size)
-    if not cfg_scale >= 0:
-        raise ValueError(f"cfg_scale: {cfg_scale!r} given; at least 0 is needed")
+    inputs.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
     limit, ids = model.config.max_sequence_length, model.config.embedding_size
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:
