@@ -164,7 +164,7 @@ def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         seed = int(torch.randint(2**31, (), device="cpu"))
     if isinstance(seed, int) and not isinstance(seed, bool):
         seeds = [seed + i for i in range(batch)]
-    elif isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
+    elif isinstance(seed, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in seed):
         seeds = list(seed)
         if len(seeds) != batch:
             raise ValueError(f"seed: {len(seeds)} seeds given for a batch of {batch}")

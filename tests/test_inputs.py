@@ -49,6 +49,7 @@ def model() -> LLaDA:
         ({"cfg_scale": float("inf")}, ValueError, "cfg_scale: inf given"),
         ({"seed": -1}, ValueError, "seed: -1 given; seeds .* 0 to 2"),
         ({"seed": [1, 2, 3]}, ValueError, "seed: 3 seeds given for a batch of 1"),
+        ({"seed": [True]}, TypeError, r"seed: \[True\] given; an int"),
         ({"seed": "x"}, TypeError, "seed: 'x' given; an int, a list of ints or None"),
         ({"input_ids": []}, ValueError, "input_ids: an empty batch"),
         ({"input_ids": [[]]}, ValueError, "input_ids: prompt 0 is empty"),
