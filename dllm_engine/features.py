@@ -28,7 +28,7 @@ def position_features(
         stable: bool [B, S], whether the step before predicted the same token; False at a block's first.
     """
     width = log_odds.shape[1]
-    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, active * _SURE)
+    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, active.float() * _SURE)
     open_, decided = undecided.float(), (active & ~undecided).float()
 
     def shifted(x: Tensor, by: int, left: float, right: float) -> Tensor:
@@ -37,7 +37,7 @@ def position_features(
 
     before = F.pad(odds, (1, 0), value=_SURE)[:, :width].cummin(1).values
     undecided_before = open_.cumsum(1) - open_
-    place = torch.arange(width, device=odds.device).expand_as(odds) / 32
+    place = torch.arange(width, dtype=torch.float32, device=odds.device).expand_as(odds) / 32
     greatest = odds.masked_fill(~undecided, -_SURE).amax(1, keepdim=True).expand_as(odds)
     columns = (
         odds,

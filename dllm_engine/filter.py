@@ -66,8 +66,8 @@ class LearnedFilter(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} given; {' or '.join(allowed)} allowed")
         width, middle, out = (block_length,) * 3 if kind == "block" else (features.COUNT, hidden, 1)
-        self.linear1 = nn.Linear(width, middle)
-        self.linear2 = nn.Linear(middle, out)
+        self.linear1 = nn.Linear(width, middle, dtype=torch.float32)
+        self.linear2 = nn.Linear(middle, out, dtype=torch.float32)
         self.kind, self.block_length, self.threshold = kind, block_length, threshold
         self.ends_wait = ends_wait
         self.confidence_of_decided = confidence_of_decided

@@ -74,7 +74,7 @@ class BlockCalls:
         """One block call of ``joining``, the sequences of the first cache slots in order, and its commit."""
         count = min(1 << (len(joining) - 1).bit_length(), self.state.batch - 1)
         if joining != self.joined:
-            filled = torch.tensor(joining + [self.state.batch - 1] * (self.state.batch - len(joining)))
+            filled = torch.tensor(joining + [self.state.batch - 1] * (self.state.batch - len(joining)), device="cpu")
             pinned = filled.pin_memory() if self.model.device.type == "cuda" else filled
             self.sequences.copy_(pinned, non_blocking=True)
             self.joined = joining

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine.model import LLaDA
+from dllm_engine.noise import LARGEST
 
 END_OF_TEXT = ("auto", "off", "committed", "predicted")
 
@@ -150,8 +150,8 @@ def check_options(*, end_of_text: str, temperature: float, cfg_scale: float) -> 
     if end_of_text not in END_OF_TEXT:
         raise ValueError(f"end_of_text: {end_of_text!r} given; known: {', '.join(END_OF_TEXT)}")
     for name, number in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not (isinstance(number, int | float) and math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0 is needed")
+        if not (isinstance(number, int | float) and 0 <= number <= LARGEST):
+            raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0, at most {LARGEST:g}, is needed")
 
 
 def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
@@ -161,10 +161,10 @@ def check_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         TypeError, ValueError: not an int in [0, 2^63), or a list of another length than the batch.
     """
     if seed is None:
-        seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, (), device="cpu"))
     if isinstance(seed, int) and not isinstance(seed, bool):
         seeds = [seed + i for i in range(batch)]
-    elif isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
+    elif isinstance(seed, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in seed):
         seeds = list(seed)
         if len(seeds) != batch:
             raise ValueError(f"seed: {len(seeds)} seeds given for a batch of {batch}")

@@ -62,8 +62,7 @@ def log_likelihood(
     """
     inputs.check_count("samples", samples)
     inputs.check_count("batch_size", batch_size)
-    if not cfg_scale >= 0:
-        raise ValueError(f"cfg_scale: {cfg_scale!r} given; at least 0 is needed")
+    inputs.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
     limit, ids = model.config.max_sequence_length, model.config.embedding_size
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:
@@ -91,7 +90,8 @@ def _estimates(
     sums, passes, told = [0.0] * len(targets), [0] * len(targets), 0
 
     def run() -> None:
-        losses = _losses(model, contexts, targets, batch, cfg_scale, backend)
+        with torch.autocast(model.device.type, enabled=False):  # the model's own type, as when decoding
+            losses = _losses(model, contexts, targets, batch, cfg_scale, backend)
         for row, loss in zip(batch, losses, strict=True):
             sums[row.request] -= row.weight * loss
         batch.clear()
@@ -115,9 +115,10 @@ def masks(length: int, samples: int, generator: torch.Generator) -> list[tuple[l
         every = [[i for i in range(length) if bits >> i & 1] for bits in range(1, 2**length)]
         # a size has probability 1 / length, a mask of it 1 / C(length, size); the loss is times length / size
         return [(mask, 1 / (math.comb(length, len(mask)) * len(mask))) for mask in every]
-    first = int(torch.randint(length, (), generator=generator))
+    first = int(torch.randint(length, (), generator=generator, device="cpu"))
     sizes = [(first + j * length // samples) % length + 1 for j in range(samples)]
-    drawn = (tuple(sorted(torch.randperm(length, generator=generator)[:size].tolist())) for size in sizes)
+    orders = (torch.randperm(length, generator=generator, device="cpu").tolist() for _ in sizes)
+    drawn = (tuple(sorted(order[:size])) for order, size in zip(orders, sizes, strict=True))
     weights: dict[tuple[int, ...], float] = {}
     for mask in drawn:
         weights[mask] = weights.get(mask, 0.0) + length / len(mask) / samples
@@ -126,7 +127,7 @@ def masks(length: int, samples: int, generator: torch.Generator) -> list[tuple[l
 
 def _generator(seed: int, context: Sequence[int], target: Sequence[int]) -> torch.Generator:
     digest = hashlib.sha256(repr((seed, list(context), list(target))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _losses(

@@ -105,6 +105,10 @@ class Loop:
 
     def step(self) -> list[int]:
         """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""
+        with torch.autocast(self.model.device.type, enabled=False):  # a caller's would give keys of another type
+            return self._step()
+
+    def _step(self) -> list[int]:
         where = self.where
         unfinished = [b for b, (*_, left) in enumerate(where) if left > 0]
         if not unfinished:

@@ -32,14 +32,16 @@ def row_stats(
     isa: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Fields of `RowStats` in order, from C++ threads (``torch.get_num_threads()`` of them at most)."""
-    count = rows.shape[0]
-    token, second_token = (torch.empty(count, dtype=torch.int64) for _ in range(2))
-    logit, second_logit, logsumexp, log_odds, entropy = (torch.empty(count, dtype=torch.float32) for _ in range(5))
-    probes = torch.full((count, probe_ids.shape[1]), -torch.inf)  # of ids that there are not
+    count, device = rows.shape[0], rows.device  # said each time: a caller may have changed torch's defaults
+    token, second_token = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    logit, second_logit, logsumexp, log_odds, entropy = (
+        torch.empty(count, dtype=torch.float32, device=device) for _ in range(5)
+    )
+    probes = torch.full(probe_ids.shape, -torch.inf, dtype=torch.float32, device=device)  # of ids that there are not
     if count:
         threads = torch.get_num_threads()
         size = _cpu.scratch_bytes(hidden.shape[1], lm_head.shape[0], count, threads)
-        scratch = torch.empty(size + 63, dtype=torch.uint8)
+        scratch = torch.empty(size + 63, dtype=torch.uint8, device=device)
         outputs = (token, second_token, logit, second_logit, logsumexp, log_odds, entropy, probes)
         _cpu.row_stats(
             (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(0)),
@@ -89,7 +91,7 @@ def decode_step_(
     batch, width, dim = hidden.shape
     threads = torch.get_num_threads()
     size = _cpu.scratch_bytes(dim, lm_head.shape[0], batch * width, threads)
-    scratch = torch.empty(size + 63, dtype=torch.uint8)
+    scratch = torch.empty(size + 63, dtype=torch.uint8, device=hidden.device)
     _cpu.decode_step(
         (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(1)),
         (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),

@@ -12,6 +12,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
+LARGEST = 1e30  # temperature or guidance: their products with noise and hidden states stay finite in float32
 TOKEN_STREAM, SCORE_STREAM = 0, 1  # fourth counter word: noise on tokens, noise on positions
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine import backends
+from dllm_engine.noise import LARGEST
 from dllm_engine.reference import RowStats
 from dllm_engine.rules import MAX_FILTER, Rule, Step
 from dllm_engine.state import BlockState, DecodeState
@@ -136,7 +137,7 @@ def decode_step_(
     if end_ids is None:
         end_ids = torch.empty(0, dtype=torch.int64, device=device)
     ids = torch.zeros(2, batch, width, dtype=torch.int64, device=device)
-    values = torch.full((5, batch, width), -math.inf, device=device)
+    values = torch.full((5, batch, width), -math.inf, dtype=torch.float32, device=device)
     eager = _decode_step_ if known else _run_decode_step_
     run = torch.ops.dllm.decode_step_ if torch.compiler.is_compiling() else eager
     run(
@@ -341,8 +342,8 @@ def _check_matrices(hidden: Tensor, lm_head: Tensor) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0 is needed")
+    if not (isinstance(temperature, int | float) and 0 <= temperature <= LARGEST):
+        raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0, at most {LARGEST:g}, is needed")
 
 
 def _check_rows(rows: Tensor, hidden: Tensor) -> tuple[int, torch.device]:

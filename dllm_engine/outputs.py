@@ -47,7 +47,7 @@ class DecodeOutput(dict[str, Any]):
     ) -> None:
         super().__init__(
             sequences=sequences,
-            tokens_per_forward=generated_tokens / sequence_passes,
+            tokens_per_forward=generated_tokens.float() / sequence_passes,
             forward_passes=forward_passes,
             sequence_passes=sequence_passes,
             generated_tokens=generated_tokens,

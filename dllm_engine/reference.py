@@ -87,7 +87,7 @@ def row_stats(
     x = hidden[rows].float()
     count, device = x.shape[0], x.device
     banned, excluded = _marked(banned_ids, lm_head), _marked(excluded_ids, lm_head)
-    neg_inf = torch.full((count,), _NEG_INF, device=device)
+    neg_inf = torch.full((count,), _NEG_INF, dtype=torch.float32, device=device)
     nobody = torch.full((count,), -1, dtype=torch.int64, device=device)
     # the drawn id: (noisy logit that won, id, logit, logit as the normaliser sees it); the two best; the normaliser
     won, token, logit, inside = neg_inf, nobody, neg_inf, neg_inf
@@ -95,11 +95,8 @@ def row_stats(
     rest = neg_inf  # logsumexp without the winner
     top, total, weighted = neg_inf, torch.zeros_like(neg_inf), torch.zeros_like(neg_inf)  # m, Σe^{x−m}, Σ(x−m)e^{x−m}
     bad = torch.zeros(count, dtype=torch.bool, device=device)
-    probes = (
-        torch.zeros(count, 0, device=device)
-        if probe_ids is None
-        else torch.full(probe_ids.shape, _NEG_INF, device=device)
-    )
+    asked = (count, 0) if probe_ids is None else probe_ids.shape
+    probes = torch.full(asked, _NEG_INF, dtype=torch.float32, device=device)
 
     for first in range(0, lm_head.shape[0], VOCAB_TILE):
         logits = F.linear(x, lm_head[first : first + VOCAB_TILE].float())

@@ -83,15 +83,15 @@ class Step(NamedTuple):
 
 def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:
     """Rule from bounds on the confidence, one for each n; above 1 means never."""
-    return Rule(_log_odds_bounds(confidences).to(device), torch.empty(0, device=device))
+    return Rule(_log_odds_bounds(confidences).to(device), torch.empty(0, dtype=torch.float32, device=device))
 
 
 def by_filter(
     weights: Tensor, threshold: float, block_length: int, *, decided_is_one: bool = False, position: bool = False
 ) -> Rule:
     """Rule ``sigmoid(filter) > threshold``."""
-    cut = torch.logit(torch.tensor(threshold, dtype=torch.float64)).float().item()
-    never = torch.full((block_length,), _INF, device=weights.device)
+    cut = torch.logit(torch.tensor(threshold, dtype=torch.float64, device="cpu")).float().item()
+    never = torch.full((block_length,), _INF, dtype=torch.float32, device=weights.device)
     return Rule(never, weights, cut, decided_is_one, position)
 
 
@@ -100,9 +100,9 @@ def least_log_odds(confidence: float, *, above: bool = False) -> float:
 
     ``above``: "confidence above c" instead.
     """
-    wanted = torch.tensor(confidence, dtype=torch.float32)
+    wanted = torch.tensor(confidence, dtype=torch.float32, device="cpu")
     if above:
-        wanted = torch.nextafter(wanted, torch.tensor(_INF))
+        wanted = torch.nextafter(wanted, torch.full_like(wanted, _INF))
     return _log_odds_bounds((wanted.item(),)).item()
 
 
@@ -113,7 +113,7 @@ def _log_odds_bounds(confidences: tuple[float, ...]) -> Tensor:
     In float64 first: torch's own float32 sigmoid is not monotonic in the last place, nor the same in tensors of
     different lengths.
     """
-    wanted = torch.tensor(confidences, dtype=torch.float32)
+    wanted = torch.tensor(confidences, dtype=torch.float32, device="cpu")
     low, high = torch.full_like(wanted, -110.0), torch.full_like(wanted, 110.0)  # sigmoid is 0 and 1 there
     for _ in range(64):
         middle = (low / 2 + high / 2).float()

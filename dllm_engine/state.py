@@ -106,11 +106,11 @@ class DecodeState:
         self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
         self.padding.copy_(padding)
-        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
+        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
         self._begin(slice(None), prompt, self.length)
         self.with_idle.tokens[batch] = fill_id
         self.with_idle.undecided[batch] = False
-        self.with_idle.progress[batch] = torch.tensor(self.idle)
+        self.with_idle.progress[batch] = torch.tensor(self.idle, device=device)
         for row in rows[4:]:
             row[batch] = 0
 
@@ -213,8 +213,8 @@ class DecodeState:
 def _quota_table(gen_length: int, block_length: int, steps: int | None) -> Tensor:
     """Positions to commit at each step of a block: LLaDA's static schedule (base, remainder first), never under 1."""
     if steps is None:
-        return torch.ones(block_length, dtype=torch.int64)
+        return torch.ones(block_length, dtype=torch.int64, device="cpu")
     per_block = min(steps, gen_length) * block_length // gen_length
     base, remainder = divmod(block_length, per_block)
-    index = torch.arange(block_length)
+    index = torch.arange(block_length, device="cpu")
     return base + (index < remainder).long()

@@ -261,7 +261,8 @@ def block_attention(
     if direct:
         parts = q  # not used
     else:
-        parts = torch.empty(workspace_size(q, keys), device=q.device) if workspace is None else workspace
+        size = workspace_size(q, keys)
+        parts = torch.empty(size, dtype=torch.float32, device=q.device) if workspace is None else workspace
     shape = (rows, width, group, key_heads, length, count)
     _attend[(batch * key_heads * tiles, splits)](
         q, keys, values, first, end, out, parts, math.log2(math.e) / math.sqrt(dim), *shape,

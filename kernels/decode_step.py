@@ -174,8 +174,8 @@ def row_stats(
     """Fields of `RowStats` in order; `ops.row_stats` describes the arguments."""
     count, device = len(rows), hidden.device
     ids = torch.empty(2, count, dtype=torch.int64, device=device)
-    values = torch.empty(5, count, device=device)
-    probes = torch.full(probe_ids.shape, -torch.inf, device=device)  # of ids that there are not
+    values = torch.empty(5, count, dtype=torch.float32, device=device)
+    probes = torch.full(probe_ids.shape, -torch.inf, dtype=torch.float32, device=device)  # of ids that there are not
     if count:
         with torch.cuda.device_of(hidden):  # Triton launches on the current one
             parts = _score(
@@ -247,7 +247,7 @@ def _score(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Partial states [fields, segments, count] of all rows."""
     segments = triton.cdiv(len(head), SEGMENT)
-    floats = torch.empty(FLOATS.value, segments, count, device=head.device)
+    floats = torch.empty(FLOATS.value, segments, count, dtype=torch.float32, device=head.device)
     ints = torch.empty(INTS.value, segments, count, dtype=torch.int32, device=head.device)
     if state is None:
         empty = rows[:0]

@@ -136,7 +136,8 @@ def test_greedy_is_the_most_confident_token_a_step(model: LLaDA, cfg_scale: floa
         ([-1], {}, "an id outside"),
         ([3], {"samples": 0}, "samples: 0 given; at least 1 is needed"),
         ([3], {"batch_size": 0}, "batch_size: 0 given"),
-        ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; at least 0"),
+        ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; a finite number ≥ 0"),
+        ([3], {"cfg_scale": math.inf}, "cfg_scale: inf given; a finite number ≥ 0"),
     ],
 )
 def test_errors_come_before_the_first_call(

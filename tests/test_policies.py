@@ -358,8 +358,14 @@ def test_progress_is_of_the_text_that_stays() -> None:
         (lambda: RunLength(2), "threshold: 2 given; 0 to 1"),
         (lambda: Threshold(-1), "threshold: -1 given; 0 to 1"),
         (lambda: Factor(math.inf), "factor: inf given; a finite number ≥ 0"),
+        (lambda: Factor(10**400), "factor: 10*0 given; at most 1e\\+30"),
+        (lambda: Prophet(1e39), "early: 1e\\+39 given; at most 1e\\+30"),
+        (lambda: CAD(k_max=10**30), "k_max: 10*0 given; at most 1e\\+09"),
+        (lambda: LocalLeap(window=2**62), "window: 4611686018427387904 given; at most 1e\\+09"),
+        (lambda: Threshold("0.9"), "threshold: '0.9' given; a number is needed"),  # type: ignore[arg-type]
+        (lambda: CAD(k_min=None), "k_min: None given; a number is needed"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_parameters_are_named(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         make()

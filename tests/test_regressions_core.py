@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 from conftest import ending_model, tiny_model
 from torch import Tensor
 
-from dllm_engine import Engine, LLaDA, decode, end_of_text, generate, graphs, ops
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode, end_of_text, generate, graphs, likelihood, ops
 from dllm_engine.graphs import BlockCalls
 from dllm_engine.options import Options
-from dllm_engine.policies import AdaBlock, Credit, FreeDave, Policy, Threshold, TokenEditing
+from dllm_engine.policies import RULES, AdaBlock, Credit, FreeDave, Learn2PD, Policy, Prophet, Threshold, TokenEditing
 from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
 
@@ -236,3 +238,82 @@ def test_waiting_ends_of_the_rule_that_drafts() -> None:
     rule.ends_wait = True
     assert rule.ends_wait
     assert rule.rule_.ends_wait
+
+
+# -- what a program has set for all of torch --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Set by the test itself, when it has what float32 gives."""
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def every_rule(filter_file: Path) -> dict[str, Policy]:
+    named = {name: RULES[name]() for name in RULES if name not in ("learn2pd", "prophet", *MAKE)}
+    made = {name: make() for name, make in MAKE.items()}
+    return named | made | {"learn2pd": Learn2PD(str(filter_file)), "prophet": Prophet(2.3, 1.7, 1.1)}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("kind", ["block", "position"])
+def test_the_default_dtype_changes_nothing(default_dtype: torch.dtype, backend: str, kind: str, tmp_path: Path) -> None:
+    """Buffers of that type were handed to C++ as float32: half as long, in bfloat16."""
+    torch.manual_seed(0)
+    LearnedFilter(8, kind=kind, threshold=0.5).save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "seed": 3, "backend": backend}
+    model = ending_model()
+
+    def outputs() -> dict[str, Any]:
+        return {
+            name: decode(model, PROMPTS, policy=rule, temperature=0.0 if rule.greedy else 0.7, **settings)
+            for name, rule in every_rule(tmp_path).items()
+        }
+
+    expected = outputs()
+    torch.set_default_dtype(default_dtype)
+    for name, out in outputs().items():
+        assert torch.equal(out.sequences, expected[name].sequences), name
+        assert torch.equal(out.tokens_per_forward, expected[name].tokens_per_forward), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_statistics_are_float32_under_any_default(default_dtype: torch.dtype, backend: str) -> None:
+    hidden, head, rows = torch.randn(40, 16), torch.randn(200, 16), torch.arange(40, dtype=torch.int32)
+    probes = torch.arange(160).view(40, 4)
+    expected = ops.row_stats(hidden, head, rows, probe_ids=probes, backend=backend)
+    torch.set_default_dtype(default_dtype)
+    found = ops.row_stats(hidden, head, rows, probe_ids=probes, backend=backend)
+    for before, after in zip(expected.fields(), found.fields(), strict=True):
+        assert after.dtype == before.dtype
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("policy", ["threshold=0.61", "factor=1.3", "entropy", "hierarchical=0.61/0.32"])
+def test_the_default_device_is_not_the_models(policy: str) -> None:
+    """A program on a GPU sets it and decodes on the CPU all the same; "meta" stands in for the GPU."""
+    model, settings = ending_model(), {"gen_length": 16, "block_length": 8, "policy": policy}
+    with torch.device("meta"):
+        out = decode(model, PROMPTS, **settings)
+        (found,) = likelihood.log_likelihood(model, [[4, 5]], [[3] * 20], samples=4)
+    assert torch.equal(out.sequences, decode(model, PROMPTS, **settings).sequences)
+    assert [found] == list(likelihood.log_likelihood(model, [[4, 5]], [[3] * 20], samples=4))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_autocast_changes_nothing(backend: str, cache: str) -> None:
+    """The model's type decides. Keys of autocast's did not fit the cache, and without a cache other tokens came."""
+    model = ending_model()
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "cache": cache, "policy": "threshold=0.5"}
+    target = [[4, 5, 6]], [[3, 9, 12]]
+    expected = decode(model, PROMPTS, **settings).sequences
+    (likely,) = likelihood.log_likelihood(model, *target)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Engine(model, max_batch=2, max_length=24) as engine:
+        assert torch.equal(decode(model, PROMPTS, backend=backend, **settings).sequences, expected)
+        for result in engine.generate_many(PROMPTS, backend=backend, **settings):
+            assert torch.is_autocast_enabled("cpu")
+            assert result.sequence.tolist() == expected[result.index, -len(result.sequence) :].tolist()
+        (found,) = likelihood.log_likelihood(model, *target, backend=backend)
+        assert found.value == pytest.approx(likely.value)

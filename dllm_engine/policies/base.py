@@ -7,14 +7,27 @@ import math
 import torch
 from torch import Tensor
 
+from dllm_engine.noise import LARGEST
 from dllm_engine.reference import RowStats, commit_
 from dllm_engine.rules import Rule, select
 from dllm_engine.state import BlockState, DecodeState
 
 
+def _is_finite(name: str, value: float, largest: float) -> bool:
+    """Whether a parameter is finite; TypeError or ValueError, naming it, if it is no number or no tensor holds it."""
+    try:
+        if not -math.inf < value < math.inf:
+            return False
+    except TypeError:
+        raise TypeError(f"{name}: {value!r} given; a number is needed") from None
+    if value > largest:
+        raise ValueError(f"{name}: {value} given; at most {largest:g} is allowed")
+    return True
+
+
 def in_range(name: str, value: float, least: float, most: float = math.inf) -> float:
     """A parameter of a rule; ValueError, naming it, if it is not a finite number in the range."""
-    if not (math.isfinite(value) and least <= value <= most):
+    if not (_is_finite(name, value, LARGEST) and least <= value <= most):
         allowed = f"{least} to {most} allowed" if most < math.inf else f"a finite number ≥ {least} is allowed"
         raise ValueError(f"{name}: {value} given; {allowed}")
     return float(value)
@@ -22,7 +35,7 @@ def in_range(name: str, value: float, least: float, most: float = math.inf) -> f
 
 def whole(name: str, value: float, least: int) -> int:
     """A parameter that counts; ValueError, naming it, if it is no whole number or too small."""
-    if not math.isfinite(value) or value != int(value) or value < least:
+    if not _is_finite(name, value, 1e9) or value != int(value) or value < least:
         raise ValueError(f"{name}: {value} given; a whole number ≥ {least} is allowed")
     return int(value)
 

@@ -43,7 +43,7 @@ class Credit(Policy):
     def begin(self, state: DecodeState) -> None:
         shape = (*state.tokens.shape, self.traced)
         self._ids = torch.full(shape, -1, dtype=torch.int64, device=state.tokens.device)
-        self._credits = torch.zeros(shape, device=state.tokens.device)
+        self._credits = torch.zeros(shape, dtype=torch.float32, device=state.tokens.device)
 
     def probes(self, state: BlockState) -> Tensor:
         new = (state.step_in_block == 0)[:, None, None]

@@ -63,7 +63,7 @@ class FreeDave(Policy):
         self.rule_.check(model, block_length=block_length, cache=cache)
 
     def begin(self, state: DecodeState) -> None:
-        self._scores = torch.zeros(state.tokens.shape, device=state.tokens.device)
+        self._scores = torch.zeros(state.tokens.shape, dtype=torch.float32, device=state.tokens.device)
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
         score = self.rule_.score(stats, state)

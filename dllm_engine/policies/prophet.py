@@ -48,6 +48,7 @@ class Prophet(Policy):
         # in float64: the sum must not depend on how wide the other sequences' blocks are
         gaps = torch.where(counted, stats.logit - stats.second_logit, 0.0).double().sum(1)
         progress = state.progress
-        needed = torch.where(progress < 0.33, self.early, torch.where(progress < 0.67, self.middle, self.late))
+        needed = torch.full_like(progress, self.late)
+        needed = needed.masked_fill(progress < 0.67, self.middle).masked_fill(progress < 0.33, self.early)
         all_in = (gaps / counted.sum(1)).float() >= needed  # where none counts 0 / 0 is NaN, which is never enough
         return state.undecided & all_in[:, None]

@@ -31,6 +31,6 @@ class Factor(RulePolicy):
         self.factor = in_range("factor", factor, 0)
 
     def rule(self, block_length: int, device: torch.device) -> Rule:
-        n = torch.arange(1, block_length + 1)
-        bounds = 1 - torch.tensor(self.factor, dtype=torch.float32) / (n + 1)
+        n = torch.arange(1, block_length + 1, device="cpu")
+        bounds = 1 - torch.tensor(self.factor, dtype=torch.float32, device="cpu") / (n + 1)
         return by_bounds(tuple(bounds.tolist()), device)
