@@ -157,7 +157,7 @@ def _read(
     file, full = stored["wte.weight"]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
     tensors = _allocate(shapes, device, dtype)
-    for file in tqdm(files, desc="loading shards", disable=len(files) == 1, leave=False):
+    for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
         for name, (where, full) in stored.items():
             if where == file:
                 tensors[name].copy_(files[file].get_tensor(full))

@@ -83,7 +83,7 @@ def test_grouped_query_attention_equals_repeated_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", [2, 3, 7])
-def test_sharded(tmp_path: Path, shards: int) -> None:
+def test_sharded(tmp_path: Path, shards: int, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
     directory = save(model, tiny_config(), tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
@@ -96,6 +96,7 @@ def test_sharded(tmp_path: Path, shards: int) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     assert torch.equal(LLaDA.from_pretrained(directory, device="cpu")(IDS), model(IDS))
+    assert capsys.readouterr().err == "", "no bar where there is no terminal"
 
     (directory / f"model-00002-of-0000{shards}.safetensors").rename(directory / "gone")
     with pytest.raises(FileNotFoundError, match=f"1 of {shards} shards missing: model-00002"):
