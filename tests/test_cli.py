@@ -340,3 +340,37 @@ def test_the_demo_model_is_small_and_as_good_as_it_says(demo_model: LLaDA) -> No
     samples = [tasks.generate(task, rng) for task in ("copy", "reverse") for _ in range(25)]
     tally = demo.measure(demo_model, samples, demo.Way("", "topk", "none"), 32)
     assert sum(tally.right) >= 41  # 41 of 50 or fewer happens with a chance of 0.5 % where 90 % is true
+
+
+_WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Without())
+from dllm_engine.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        ("fastapi", "serve", "the server needs more packages: pip install"),
+        ("prometheus_client", "serve", "the server needs more packages: pip install"),
+        (
+            "dllm_engine._cpu",
+            "generate --prompt x --backend cpu",
+            "missing (No module named 'dllm_engine._cpu'): no C++",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_with_its_mending(missing: str, arguments: str, message: str) -> None:
+    command = [sys.executable, "-c", _WITHOUT, missing, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode > 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
