@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def test_the_page_lists_every_rule_with_its_defaults() -> None:
         for parameter in inspect.signature(policies.RULES[name]).parameters.values():
             default = parameter.default if isinstance(parameter.default, float | int) else ""
             assert f"{parameter.name} {default}".strip() in parameters, f"{name}: {parameter}"
+
+
+def test_the_page_lists_what_a_rule_sees() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+    for seen in (BlockState, RowStats):
+        missing = {field.name for field in fields(seen)} - set(re.findall(r"`(\w+)`", page))
+        assert missing <= {"probe_logits"}, seen  # `stats.probe_logits` among the hooks
+    assert "`stats.probe_logits`" in page
 
 
 def test_names_and_texts() -> None:
