@@ -82,6 +82,17 @@ def test_grouped_query_attention_equals_repeated_heads(tmp_path: Path) -> None:
     torch.testing.assert_close(grouped(IDS), full(IDS), atol=1e-5, rtol=1e-5)
 
 
+def test_names_of_another_layout_are_told(tmp_path: Path) -> None:
+    """It was said that the LM head is missing, and how this checkpoint names its tensors was not."""
+    directory = save(tiny_model(), tiny_config(), tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, directory / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"the first is (model\.transformer\.blocks\S+); transformer\.blocks\S+, which"
+    ):
+        LLaDA.from_pretrained(directory, device="cpu")
+
+
 @pytest.mark.parametrize("shards", [2, 3, 7])
 def test_sharded(tmp_path: Path, shards: int, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
