@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from dllm_engine import cli_bench, cli_eval, cli_lm_eval, cli_ray, cli_serve, cli_train
 from dllm_engine._version import __version__
 
@@ -45,10 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dllm-engine … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except OSError as error:  # the system's has a number and quotes, one of ours is its message
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"dllm-engine {args.command}: {where + error.strerror if error.strerror else error}", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, ImportError) as error:
         print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, SafetensorError) as error:  # the last where a disk is full
         print(f"dllm-engine {args.command}: {error}", file=sys.stderr)
         return 1
     finally:
@@ -185,13 +191,13 @@ def _generate(args: argparse.Namespace) -> None:
         if len(prompt) > room > 0:
             raise ValueError(f"prompt {i}: {len(prompt)} tokens given; the model has room for {room} beside gen_length")
     size = 1 if args.watch else args.batch_size
-    bar: Any = contextlib.nullcontext() if len(rows) <= size or args.watch else tqdm(total=len(rows), disable=None)
-    with bar:
+    # answers that come to a terminal show how far it is, and a bar would stand between them
+    silent = len(rows) <= size or args.watch or sys.stdout.isatty()
+    with tqdm(total=len(rows), disable=silent or None) as bar:
         for first in range(0, len(rows), size):
             last = min(first + size, len(rows))
             _answer(args, model, rows[first:last], prompts[first:last], first)
-            if len(rows) > size and not args.watch:
-                bar.update(last - first)
+            bar.update(last - first)
 
 
 def _answer(
@@ -275,8 +281,7 @@ def _model(args: argparse.Namespace) -> LLaDA:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from dllm_engine import tables
     from dllm_engine.demo import run_data, run_demo
 
     for name in ("batch_size", "limit"):
@@ -288,7 +293,7 @@ def _demo(args: argparse.Namespace) -> None:
     if args.seed is not None and args.data is not None:
         raise ValueError("--seed: of the ten questions, not of --data")
     model = _model(args)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = tables.console()
     if args.data:
         run_data(model, console, args.data, args.limit, args.batch_size or 20, args.json)
     else:

@@ -7,7 +7,6 @@ import json
 import operator
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -195,13 +194,12 @@ def _measure(
 
 def _print(records: Sequence[dict[str, Any]], model: LLaDA, prompts: int) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from dllm_engine import tables
     from dllm_engine.cli_eval import _machine
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
     title = f"{prompts} prompts to {model.path and model.path.name}, {_machine(model)}, backend {records[0]['backend']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("prompts\nat once", justify="right")
@@ -225,7 +223,8 @@ def _print(records: Sequence[dict[str, Any]], model: LLaDA, prompts: int) -> Non
             f"{r['times_first']:.1f}", f"{r['same_texts_as_first']}/{prompts}",
             end_section=end,
         )  # fmt: skip
-    console.print(table)
+    console = tables.console()
+    tables.show(console, table)
     console.print(
         "Medians of turns. Tokens: those before the end of the answer. Passes: runs of the transformer a prompt."
     )

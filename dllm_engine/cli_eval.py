@@ -209,7 +209,8 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
         from dllm_engine.cli_plot import pyplot
 
         pyplot()  # a missing matplotlib, or no directory, must not show after an hour of decoding
-        args.plot.mkdir(parents=True, exist_ok=True)
+    for directory in filter(None, (args.output, args.plot)):
+        directory.mkdir(parents=True, exist_ok=True)
     return filters
 
 
@@ -350,11 +351,11 @@ def _rule_and_value(setting: Setting, label: str) -> tuple[str, float | None]:
 
 def _print_table(records: Sequence[dict[str, Any]], title: str) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    from dllm_engine import tables
+
     ends = len({record["end_of_text"] for record in records}) > 1
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("policy", "cache", *(["end of\ntext"] if ends else [])):
@@ -377,7 +378,8 @@ def _print_table(records: Sequence[dict[str, Any]], title: str) -> None:
             f"{r['tokens_per_forward']:.2f}",
             f"{r['tokens_per_second']:,.0f}",
         )
-    console.print(table)
+    console = tables.console()
+    tables.show(console, table)
     console.print(
         "Loss: accuracy of the first row minus that of this one on the same prompts, with its one-sided 95 % bound."
         f" Passes: runs of the transformer a prompt. Settings took turns, {records[0]['batch_size']} prompts a batch."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +35,10 @@ def task_figures(baseline: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]
 def print_tasks(records: Sequence[dict[str, Any]]) -> None:
     """A table with a section a task, the settings below each other in it, and the mean of the tasks as the last one."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from dllm_engine import tables
 
     table = Table(title="Task by task", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "policy", "cache"):
@@ -70,5 +70,4 @@ def print_tasks(records: Sequence[dict[str, Any]]) -> None:
                 f"{f['tokens_per_forward']:.2f}",
                 end_section=i == len(records) - 1,
             )
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table)
+    tables.show(tables.console(), table)

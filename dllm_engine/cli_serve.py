@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+    import dllm_engine.integrations.server as server  # first: it tells what to install where a package is missing
     from dllm_engine.integrations.serve_settings import Settings
-    from dllm_engine.integrations.server import create_app
 
     key = os.environ.get(args.api_key_env)
     if key is not None and not key.strip():
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         api_key=key,
     )
     with _listener(args.host, args.port) as listener:
-        serve(create_app(load(), settings), listener)
+        serve(server.create_app(load(), settings), listener)
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:

@@ -20,6 +20,7 @@ from dllm_engine.decode import decode
 from dllm_engine.evaluate import wilson
 from dllm_engine.model import LLaDA
 from dllm_engine.samples import canvas_for, read_parallelbench
+from dllm_engine.tables import show
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -129,7 +130,7 @@ def run_demo(model: LLaDA, console: Console, seed: int, as_json: bool = False) -
     for title, tallies in (("all ten, one at a time", total), ("all ten as one batch", batch)):
         marks = "\n".join(f"{sum(tally.right)}/10" for tally in tallies)
         table.add_row(f"[bold]{title}[/]", ways, marks, *_columns(tallies), end_section=True)
-    console.print(table)
+    show(console, table)
     console.print(
         "One forward pass is one run of the transformer; fewer passes for the same answer is what parallel decoding"
         f" gains. Canvas: {gen_length} tokens; tokens count up to the end of the answer."
@@ -181,7 +182,7 @@ def run_data(
     if as_json:
         print(json.dumps(records, indent=1))
     else:
-        console.print(table)
+        show(console, table)
 
 
 def trained_tasks(model: LLaDA) -> list[str]:

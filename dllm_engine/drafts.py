@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_engine import ops
 from dllm_engine.forward import Call, Forward
 from dllm_engine.kv_cache import LayerCache
-from dllm_engine.policies.base import allowed_tokens
+from dllm_engine.policies.base import allowed_tokens, asked
 from dllm_engine.reference import RowStats, commit_
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def verify_(
         start, end = state.block_start[sequences], state.active_end[sequences]
         own = state.block(sequences, width)
         found = RowStats(*(field.unflatten(0, (batch, count))[here, at] for field in stats.fields()))
-        score, selected = policy.score(found, own), policy.select(found, own)
+        score, selected = asked(policy, "score", found, own), asked(policy, "select", found, own)
         chosen = allowed_tokens(policy, found, own, scoring["banned_ids"], len(model.lm_head))
         commit_(state, own, found, score, selected, chosen, end_ids=end_ids, only=going, waiting_ids=waiting)
         last = torch.where(going, at, last)

@@ -9,7 +9,7 @@ from dllm_engine.rules import Step
 
 MISSING = ""  # why there is no `_cpu`
 try:
-    from dllm_engine import _cpu  # type: ignore[attr-defined]
+    import dllm_engine._cpu as _cpu  # type: ignore[import-not-found]
 except ImportError as error:  # a checkout without `pip install -e .`
     MISSING = (
         f"the compiled module _cpu is missing ({error}): no C++ compiler was found when dllm-engine was installed, or"

@@ -230,6 +230,8 @@ def block_stats(
         probe_ids: int64 [B', S, K], ids whose logits are wanted.
     """
     batch, width, _ = hidden.shape
+    if probe_ids is not None and (probe_ids.ndim != 3 or probe_ids.shape[:2] != (batch, width)):
+        raise ValueError(f"probe_ids: shape {list(probe_ids.shape)} given; [{batch}, {width}, K] is needed")
     keys = block.noise_keys.flatten(0, 1)
     some = not reads_decided and hidden.device.type == "cpu"
     if some:

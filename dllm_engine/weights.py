@@ -150,14 +150,14 @@ def _read(
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ValueError("config.json says weight_tying true, but the stored LM head differs from the embedding")
         del stored[HEAD], shapes[HEAD]
-    if not config.weight_tying and HEAD not in stored:
+    if not config.weight_tying and HEAD not in stored and "wte.weight" in stored:
         raise ValueError(f"config.json says weight_tying false, but {PREFIX}{HEAD} (the LM head) is not in the weights")
     _match(model, shapes, "the checkpoint")
 
     file, full = stored["wte.weight"]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
     tensors = _allocate(shapes, device, dtype)
-    for file in tqdm(files, desc="loading shards", disable=len(files) == 1, leave=False):
+    for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
         for name, (where, full) in stored.items():
             if where == file:
                 tensors[name].copy_(files[file].get_tensor(full))
@@ -197,7 +197,8 @@ def _match(model: LLaDA, shapes: dict[str, tuple[int, ...]], source: str) -> Non
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing:
-        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {PREFIX}{missing[0]}")
+        instead = f"; {unknown[0]}, which it has, is none of this model's" if unknown else ""
+        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {PREFIX}{missing[0]}{instead}")
     if unknown:
         raise ValueError(f"{source}: {len(unknown)} tensors that this model has no place for, the first: {unknown[0]}")
     for name, shape in expected.items():

@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
 
 import dllm_engine
-from dllm_engine import LLaDA, cli, demo, tasks
+from dllm_engine import LLaDA, cli, demo, tables, tasks
 from dllm_engine.watch import Watch
 
 PROMPT = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Emma Reed"
@@ -137,7 +141,11 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
         (("generate", "--prompt", "x", "--dtype", "int4"), "dtype: 'int4' given"),
         (("generate", "--prompt", "x", "--batch-size", "0"), "--batch-size: 0 given; at least 1"),
         (("generate", "--prompt", "", "--no-chat"), "prompt 0: prompt: '' gives no token"),
-        (("generate", "--prompts", "/no/file.jsonl"), "No such file"),
+        (
+            ("generate", "--prompts", "/no/file.jsonl"),
+            "dllm-engine generate: /no/file.jsonl: No such file or directory\n",
+        ),
+        (("eval", "--output", __file__), f"dllm-engine eval: {__file__}: File exists\n"),
         (("generate", "--prompt", "x", "--device", "toaster"), "device: 'toaster' given"),
         (("generate", "--prompt", "x", "--device", "cuda:99"), "device: 'cuda:99' given; this torch sees"),
         (("generate", "--fast"), "unrecognized arguments: --fast"),
@@ -188,6 +196,33 @@ def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     assert "holds no row" in run(capsys, "generate", "--prompts", str(file))[2]
 
 
+def test_a_terminal_gets_answers_without_a_bar_between(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(3 * (json.dumps({"prompt": PROMPT}) + "\n"), encoding="utf-8")
+    arguments = ("generate", "--prompts", str(file), "--batch-size", "1", *LENGTH)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "3/3" in run(capsys, *arguments)[2]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(capsys, *arguments) == (0, 3 * (ANSWER + "\n"), "")
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_tables_are_whole_in_narrow_terminals(width: int) -> None:
+    """The terminal wraps the lines; squeezed to it, names stood upright and figures were cut."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("policy", overflow="fold")
+    for name in ("interval", "tokens/\nsecond"):
+        table.add_column(name, no_wrap=True)
+    table.add_row("threshold=0.9", "[green]87.9 to 100.0[/]", "2,837")
+    console = Console(width=width, file=io.StringIO())
+    tables.show(console, table)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in out for word in ("threshold=0.9", "87.9 to 100.0", "2,837", "tokens/"))
+    assert console.width == width
+
+
 def test_rows_that_have_what_decoding_adds_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": PROMPT, "text": "x"}), encoding="utf-8")
@@ -207,7 +242,7 @@ def test_no_prompt_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert "stdin: not UTF-8" in run(capsys, "generate", *LENGTH)[2]
 
 
-@pytest.mark.parametrize("error", [MemoryError("120 GB are needed"), RuntimeError("NaN")])
+@pytest.mark.parametrize("error", [MemoryError("120 GB are needed"), RuntimeError("NaN"), SafetensorError("disk full")])
 def test_failures_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -305,3 +340,37 @@ def test_the_demo_model_is_small_and_as_good_as_it_says(demo_model: LLaDA) -> No
     samples = [tasks.generate(task, rng) for task in ("copy", "reverse") for _ in range(25)]
     tally = demo.measure(demo_model, samples, demo.Way("", "topk", "none"), 32)
     assert sum(tally.right) >= 41  # 41 of 50 or fewer happens with a chance of 0.5 % where 90 % is true
+
+
+_WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Without())
+from dllm_engine.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        ("fastapi", "serve", "the server needs more packages: pip install"),
+        ("prometheus_client", "serve", "the server needs more packages: pip install"),
+        (
+            "dllm_engine._cpu",
+            "generate --prompt x --backend cpu",
+            "missing (No module named 'dllm_engine._cpu'): no C++",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_with_its_mending(missing: str, arguments: str, message: str) -> None:
+    command = [sys.executable, "-c", _WITHOUT, missing, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode > 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -410,7 +410,7 @@ def test_a_missing_matplotlib_is_told_before_decoding(command: Command, monkeypa
     [
         (("--cache", "dual", "foo"), "cache: 'foo' given"),
         (("--end-of-text", "foo"), "end_of_text: 'foo' given"),
-        (("--plot", "file"), "File exists: 'file'"),
+        (("--plot", "file"), "file: File exists"),
     ],
     ids=str,
 )

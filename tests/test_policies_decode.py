@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dllm_engine import Engine, LLaDA, cli_eval, decode, policies
 from dllm_engine.policies import (
     CAD,
     Entropy,
+    FreeDave,
     Hierarchical,
     LeftToRight,
     LocalLeap,
@@ -24,6 +27,8 @@ from dllm_engine.policies import (
     RunLength,
     WeDLM,
 )
+from dllm_engine.reference import RowStats
+from dllm_engine.state import BlockState
 
 PROMPTS = ["Copy: 0 Ann Lee, 1 Tom Hill", "Reverse: 0 Alan Wells, 1 Grace Wright"]
 
@@ -125,6 +130,14 @@ def test_the_page_lists_every_rule_with_its_defaults() -> None:
             assert f"{parameter.name} {default}".strip() in parameters, f"{name}: {parameter}"
 
 
+def test_the_page_lists_what_a_rule_sees() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+    for seen in (BlockState, RowStats):
+        missing = {field.name for field in fields(seen)} - set(re.findall(r"`(\w+)`", page))
+        assert missing <= {"probe_logits"}, seen  # `stats.probe_logits` among the hooks
+    assert "`stats.probe_logits`" in page
+
+
 def test_names_and_texts() -> None:
     for name, rule in policies.RULES.items():
         assert rule.name == name
@@ -133,3 +146,43 @@ def test_names_and_texts() -> None:
         if name != "learn2pd":
             assert all(p.default is not p.empty for p in parameters), f"{name} by its name alone"
     assert repr(LocalLeap()) == "LocalLeap(anchor=0.9, relaxed=0.75, window=4)"
+
+
+def _says(method: str, answer: Callable[[RowStats, BlockState], Any]) -> Policy:
+    """A rule with one method of its own."""
+    return type("Own", (Policy,), {"name": "own", method: lambda self, stats, state: answer(stats, state)})()
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "message"),
+    [
+        ("select", lambda stats, state: stats.confidence[0] > 0.9, r"Own.select: shape \[8\] returned; \[2, 8\]"),
+        ("select", lambda stats, state: (stats.confidence > 0.9).any(1, keepdim=True), r"Own.select: shape \[2, 1\]"),
+        ("select", lambda stats, state: stats.confidence, "Own.select: torch.float32 returned; torch.bool"),
+        ("select", lambda stats, state: None, "Own.select: NoneType returned; torch.bool"),
+        ("score", lambda stats, state: stats.log_odds.mean(1), r"Own.score: shape \[2\] returned; \[2, 8\]"),
+        ("score", lambda stats, state: None, "Own.score: NoneType returned; a tensor"),
+        ("tokens", lambda stats, state: stats.token.float(), "Own.tokens: torch.float32 returned; torch.int64"),
+        ("edit", lambda stats, state: state.undecided.int(), "Own.edit: torch.int32 returned; torch.bool"),
+        ("stay", lambda stats, state: state.undecided, r"Own.stay: shape \[2, 8\] returned; \[2\]"),
+        ("block_lengths", lambda stats, state: state.left / 2, "Own.block_lengths: torch.float32 returned"),
+    ],
+)
+def test_what_a_rule_returns_is_checked(
+    method: str, answer: Callable[[RowStats, BlockState], Any], message: str
+) -> None:
+    """A row for the whole batch was spread over it; what no operation took was told by torch alone."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        decode(tiny_model(), [[3, 4], [5]], gen_length=8, block_length=8, policy=_says(method, answer))
+
+
+def test_what_a_drafted_rule_returns_is_checked() -> None:
+    rule = _says("select", lambda stats, state: stats.confidence[:1] > 0.9)
+    with pytest.raises(ValueError, match=r"FreeDave.select: shape \[1, 8\] returned; \[2, 8\]"):
+        decode(tiny_model(), [[3, 4], [5]], gen_length=8, block_length=8, policy=FreeDave(2, rule=rule))
+
+
+def test_probes_have_a_row_a_position() -> None:
+    rule = type("Own", (Policy,), {"name": "own", "probes": lambda self, state: state.left})()
+    with pytest.raises(ValueError, match=r"probe_ids: shape \[2\] given; \[2, 8, K\] is needed"):
+        decode(tiny_model(), [[3, 4], [5]], gen_length=8, block_length=8, policy=rule)

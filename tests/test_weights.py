@@ -82,8 +82,19 @@ def test_grouped_query_attention_equals_repeated_heads(tmp_path: Path) -> None:
     torch.testing.assert_close(grouped(IDS), full(IDS), atol=1e-5, rtol=1e-5)
 
 
+def test_names_of_another_layout_are_told(tmp_path: Path) -> None:
+    """It was said that the LM head is missing, and how this checkpoint names its tensors was not."""
+    directory = save(tiny_model(), tiny_config(), tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, directory / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"the first is (model\.transformer\.blocks\S+); transformer\.blocks\S+, which"
+    ):
+        LLaDA.from_pretrained(directory, device="cpu")
+
+
 @pytest.mark.parametrize("shards", [2, 3, 7])
-def test_sharded(tmp_path: Path, shards: int) -> None:
+def test_sharded(tmp_path: Path, shards: int, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model()
     directory = save(model, tiny_config(), tmp_path / "m")
     tensors = load_file(directory / "model.safetensors")
@@ -96,6 +107,7 @@ def test_sharded(tmp_path: Path, shards: int) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     assert torch.equal(LLaDA.from_pretrained(directory, device="cpu")(IDS), model(IDS))
+    assert capsys.readouterr().err == "", "no bar where there is no terminal"
 
     (directory / f"model-00002-of-0000{shards}.safetensors").rename(directory / "gone")
     with pytest.raises(FileNotFoundError, match=f"1 of {shards} shards missing: model-00002"):

@@ -41,6 +41,9 @@ def whole(name: str, value: float, least: int) -> int:
 
 
 HOOKS = ("reach", "probes", "block_lengths", "edit", "stay")  # what no kernel asks
+_TYPES = {
+    "select": torch.bool, "tokens": torch.int64, "block_lengths": torch.int64, "edit": torch.bool, "stay": torch.bool,
+}  # fmt: skip
 
 
 class Policy:
@@ -129,9 +132,29 @@ class RulePolicy(Policy):
         return select(rule, stats, state)
 
 
+def asked(policy: Policy, method: str, stats: RowStats, block: BlockState) -> Tensor:
+    """What a method of a policy returns for a step, [B', S] or [B']. One of another shape would be spread over the
+    batch in silence, one of another type fail where nothing tells of the rule.
+
+    Raises:
+        TypeError, ValueError: naming the policy and the method.
+    """
+    given, dtype = getattr(policy, method)(stats, block), _TYPES.get(method)
+    if given is None and method in HOOKS:
+        return given  # type: ignore[return-value]
+    name = f"{type(policy).__name__}.{method}"
+    if not isinstance(given, Tensor) or given.dtype != (dtype or given.dtype):
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: {what} returned; {dtype or 'a tensor'} is needed")
+    shape = block.sequences.shape if method in ("block_lengths", "stay") else block.undecided.shape
+    if given.shape != shape:
+        raise ValueError(f"{name}: shape {list(given.shape)} returned; {list(shape)} is needed")
+    return given
+
+
 def allowed_tokens(policy: Policy, stats: RowStats, block: BlockState, banned_ids: Tensor, rows: int) -> Tensor:
     """`Policy.tokens`, −1 where it is an id that may not be written: bans are the engine's. ``rows``: of the head."""
-    tokens = policy.tokens(stats, block)
+    tokens = asked(policy, "tokens", stats, block)
     if tokens is stats.token:
         return tokens
     return tokens.masked_fill(torch.isin(tokens, banned_ids) | (tokens >= rows), -1)
@@ -148,10 +171,10 @@ def decide_(
     rows: int,
 ) -> None:
     """A step of a policy that no kernel decides: ask it, in the order that `Policy` promises, and commit."""
-    lengths = policy.block_lengths(stats, block)
-    score, selected = policy.score(stats, block), policy.select(stats, block)
+    lengths = asked(policy, "block_lengths", stats, block)
+    score, selected = asked(policy, "score", stats, block), asked(policy, "select", stats, block)
     tokens = allowed_tokens(policy, stats, block, banned_ids, rows)
-    edited, stays = policy.edit(stats, block), policy.stay(stats, block)
+    edited, stays = asked(policy, "edit", stats, block), asked(policy, "stay", stats, block)
     commit_(
         state, block, stats, score, selected, tokens, end_ids=end_ids, edited=edited, stays=stays, lengths=lengths,
         waiting_ids=state.end_ids if policy.ends_wait else None,
