@@ -124,7 +124,8 @@ def _attend(
     none = tl.full([ROWS], NEG_INF, tl.float32)
     nothing, zeros = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
     all_top, all_total, all_sums = none, nothing, zeros
-    for segment in range(tl.program_id(1), own_segments, tl.num_programs(1)):
+    # one stage: Triton 3.2 would ask for the next segment's first keys while products still read where they go
+    for segment in tl.range(tl.program_id(1), own_segments, tl.num_programs(1), num_stages=1):
         stop = tl.minimum(_edge(segment + 1), count)
         top, total, sums = none, nothing, zeros
         for start in range(_edge(segment), stop, KEYS):

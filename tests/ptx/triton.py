@@ -83,10 +83,24 @@ class Device:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = ASTSource(kernel, *_for_old_triton(signature, constants, attributes))
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         (entry,) = parse(compiled.asm["ptx"]).values()
         return entry, compiled.metadata.shared
+
+
+def _for_old_triton(signature: Any, constants: Any, attributes: Any) -> tuple[Any, Any, Any]:
+    """Triton 3.2 takes names, no types of constants, and an object."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 2):
+        return signature, constants, attributes
+    from triton.backends.compiler import AttrsDescriptor
+
+    names = list(signature)
+    divisible = {"arg_properties": {"tt.divisibility": [n for (n,) in attributes]}, "cls": "AttrsDescriptor"}
+    types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    return types, {names[n]: value for (n,), value in constants.items()}, AttrsDescriptor.from_dict(divisible)
 
 
 def _memory(tensors: Iterable[Tensor]) -> Global:

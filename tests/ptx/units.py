@@ -27,7 +27,7 @@ class Copies(Unit):
         if i.parts[2] == "commit_group":
             self.group[mask] += 1
         elif i.parts[2] == "wait_group":
-            self.wait(machine, mask, int(str(i.operands[0])))
+            self.wait(machine, mask, int(str(i.operands[0]), 0))
         elif i.parts[2] in ("cg", "ca"):
             self.ask(machine, i, mask)
         else:
@@ -177,7 +177,7 @@ class AsyncProducts(Unit):
             self.groups.append(self.open)
             self.open = []
         elif what == "wait_group":
-            keep = int(str(i.operands[0]))
+            keep = int(str(i.operands[0]), 0)
             done, self.groups = self.groups[: len(self.groups) - keep], self.groups[len(self.groups) - keep :]
             self.finish([under for group in done for under in group])
         else:
@@ -201,7 +201,7 @@ class AsyncProducts(Unit):
         to, a, b = i.operands[:3]
         assert isinstance(to, tuple)
         assert (rows, depth, i.parts[5]) == (64, 16, "f32")
-        flags = [int(str(o)) for o in i.operands[4:]]
+        flags = [int(str(o), 0) for o in i.operands[4:]]
         turned = flags[2:] if len(flags) == 4 else [0, *flags[2:]]
         if flags[:2] != [1, 1] or (turned and turned[0]):
             raise NotImplementedError("negated operands, or a transposed left one")
