@@ -108,17 +108,19 @@ def interleaved(
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     """The call as a CUDA graph, as an engine makes it: what the host takes to launch its kernels is not timed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # a stream of its own: cuBLAS's workspace of a stream may go with the first of its graphs
+        with torch.cuda.graph(graph, stream=stream):
             run()
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own as the current one
         print(f"not captured, timed with its launches: {error}")
         return run
     return graph.replay

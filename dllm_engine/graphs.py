@@ -109,11 +109,12 @@ class BlockCalls:
 
     def _capture(self, count: int) -> Kept | None:
         """The call as a graph (capturing computes nothing); None, with a warning, where that fails."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self.buffers.graph_pool()):
+            with torch.cuda.graph(graph, **self.buffers.graph_memory()):
                 self._call(count)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own as the current one
             self.buffers.graphs_work = False
             warnings.warn(f"block calls run without CUDA graphs: {error}", stacklevel=2)
             return None
