@@ -106,6 +106,15 @@ def interleaved(
     return times
 
 
+def failure(run: Callable[[], Any]) -> str:
+    """What a call raises, or says itself to be wrong; "" if it goes through: the others are to be timed in any case."""
+    try:
+        found = run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return found if isinstance(found, str) else ""
+
+
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     """The call as a CUDA graph, as an engine makes it: what the host takes to launch its kernels is not timed."""
     before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
