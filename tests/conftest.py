@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,21 @@ def where(request: pytest.FixtureRequest, isas: None) -> tuple[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def no_old_graphs(request: pytest.FixtureRequest) -> None:
-    """CUDA graphs of an earlier test's engine may hang in cycles, and a capture of another kind must not meet them."""
-    if request.node.get_closest_marker("gpu"):
+def one_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on a GPU leaves nothing to the next.
+
+    CUDA graphs of an earlier test's engine may hang in cycles, and a capture of another kind must not meet them. After
+    a fault a process can use the device no more: one of several makes room for another, so that only that test fails.
+    """
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu:
         gc.collect()
+    yield
+    if on_gpu and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")
