@@ -13,6 +13,7 @@ from cases import all_isas, backend_params
 from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
+from dllm_engine.backends import BACKENDS
 from dllm_engine.demo import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,6 +30,8 @@ def isas() -> Iterator[None]:
 def where(request: pytest.FixtureRequest, isas: None) -> tuple[str, str]:
     """(backend, device)."""
     backend, device = request.param
+    if device == "cuda" and (reason := BACKENDS[backend].unavailable):
+        pytest.skip(reason)
     return backend, device
 
 
