@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,8 +189,10 @@ def test_a_failed_capture_ends_on_the_stream_where_it_began(monkeypatch: pytest.
     streams = ["current"]
 
     @contextmanager
-    def capture(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+    def capture(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         streams.append(stream)
+        assert capture_error_mode == "thread_local"
+        assert not gc.isenabled()
         yield
         raise AssertionError("not reached")
 
@@ -208,6 +211,7 @@ def test_a_failed_capture_ends_on_the_stream_where_it_began(monkeypatch: pytest.
     with pytest.warns(UserWarning, match="operation not permitted"):
         assert calls._capture(1) is None
     assert streams == ["current", "own", "current"]
+    assert gc.isenabled()
     assert not calls.buffers.graphs_work
 
 
