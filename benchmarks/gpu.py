@@ -82,7 +82,8 @@ def main() -> None:
     # PYTHONSAFEPATH: not the checkout's dllm_engine; then scripts do not see their own directory either
     path = os.pathsep.join(map(str, (SITE, ROOT / "tests", ROOT / "benchmarks")))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    environment.pop("DLLM_BACKEND", None)
+    for name in ("DLLM_BACKEND", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  # images may set the last
+        environment.pop(name, None)
 
     def run(title: str, command: list[str], limit: float = DEADLINE, **extra: str) -> int:
         left = min(limit, DEADLINE - (time.monotonic() - began))
