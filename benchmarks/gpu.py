@@ -174,13 +174,14 @@ def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | No
     together = workers if importlib.util.find_spec("xdist") is not None else []
     found = [Step("tests", [*pytest, *together, "-q", "-rfE", *chosen], 300)]
     if sanitizer:
-        smallest = ["-m", "gpu", "tests/test_decode_step.py", "-k", "cuda-cuda and (ties or committed or strides)"]
+        cases = "cuda-cuda and (ties or strides or (committed and (threshold or position)))"
+        smallest = ["-m", "gpu", "tests/test_decode_step.py", "-k", cases]
         # Calls that torch's libraries make in vain are no faults of a kernel. Each tensor is an allocation of its own:
         # within a larger one nothing is out of bounds.
         memcheck = ["--tool", "memcheck", "--report-api-errors", "no"]
         for tool, before in ((memcheck, ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]), (["--tool", "racecheck"], [])):
             chosen_kernels = ["--error-exitcode", "9", "--kernel-name", "kernel_substring=decode_step"]
-            found.append(Step(tool[1], [*before, sanitizer, *tool, *chosen_kernels, *pytest, "-q", *smallest], 75))
+            found.append(Step(tool[1], [*before, sanitizer, *tool, *chosen_kernels, *pytest, "-q", *smallest], 90))
     for name, (script, *arguments), limit in BENCHMARKS:
         found.append(Step(name, [python, f"benchmarks/{script}", *arguments], limit))
     return found
