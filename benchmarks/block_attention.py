@@ -12,11 +12,12 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import append, interleaved, peak_memory, ratio, read_bandwidth
+from common import append, failure, graphed, interleaved, peak_memory, ratio, read_bandwidth
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -79,15 +80,6 @@ class Problem:
                 return f"sequence {b} is off by {error:.2g}, {bound:.2g} allowed"
         return ""
 
-    def graph(self, run: Callable[[int], Tensor]) -> Callable[[], Any]:
-        run(0)  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(len(self.cache)):
-                run(i)
-        return graph.replay
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,17 +100,16 @@ def main() -> None:
         parser.exit(2, f"the kernel cannot run here: {reason}\n")
     bandwidth = read_bandwidth(device)
     console.print(f"roof: {bandwidth / 1e9:,.0f} GB/s")
-    records: list[dict[str, Any]] = []
     for batch in args.batches:
         for length in args.lengths:
             problem = Problem(batch, length, args, dtype)
             line = measure(problem, args, bandwidth, console)
             shape = {"batch": batch, "length": length, "rows": args.rows, "heads": args.heads, "dtype": args.dtype}
             shape |= {"key_heads": args.key_heads or args.heads, "head_dim": args.head_dim}
-            records += [record | shape for record in line]
+            file = append([record | shape for record in line], device)  # what comes after it may be stopped
             print_table(line, f"batch {batch}, {args.rows} rows to {length} columns", console)
             del problem
-    console.print(f"written to {append(records, device)}")
+    console.print(f"written to {file}")
 
 
 def measure(problem: Problem, args: argparse.Namespace, bandwidth: float, console: Console) -> list[dict[str, Any]]:
@@ -127,11 +118,10 @@ def measure(problem: Problem, args: argparse.Namespace, bandwidth: float, consol
     graphs = {}
     for name, run in contenders.items():
         # without a mask padding is seen: another result by intent
-        reason = "" if name == "torch, no mask" else problem.check(run)
-        if reason:
-            console.print(f"{name} is not timed: {reason}")
+        if reason := failure(partial(run, 0) if name == "torch, no mask" else partial(problem.check, run)):
+            console.print(f"{name} is not timed: {reason}", markup=False)
         else:
-            graphs[name] = problem.graph(run)
+            graphs[name] = graphed(lambda run=run: [run(i) for i in range(layers)])  # type: ignore[misc]
     if not graphs:
         return []
     times = interleaved(graphs, device, args.seconds)

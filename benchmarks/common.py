@@ -88,8 +88,8 @@ def interleaved(
     """
     loops = {}
     for name, run in contenders.items():
-        for _ in range(1 if device.type == "cpu" else 3):
-            if once(run, device) > 0.5:  # compiles, allocates, captures
+        for i in range(1 if device.type == "cpu" else 3):  # compiles, then captures, then replays
+            if once(run, device) > 0.5 and i > 0:
                 break
         loops[name] = max(1, round(10e-3 / max(once(run, device), 1e-6))) if device.type == "cuda" else 1
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -106,19 +106,30 @@ def interleaved(
     return times
 
 
+def failure(run: Callable[[], Any]) -> str:
+    """What a call raises, or says itself to be wrong; "" if it goes through: the others are to be timed in any case."""
+    try:
+        found = run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return found if isinstance(found, str) else ""
+
+
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     """The call as a CUDA graph, as an engine makes it: what the host takes to launch its kernels is not timed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles
             run()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # a stream of its own: cuBLAS's workspace of a stream may go with the first of its graphs
+        with torch.cuda.graph(graph, stream=stream):
             run()
     except RuntimeError as error:
+        torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own as the current one
         print(f"not captured, timed with its launches: {error}")
         return run
     return graph.replay

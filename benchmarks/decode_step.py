@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import append, fma_rate, graphed, interleaved, matmul_rate, peak_memory, ratio, read_bandwidth
+from common import append, failure, fma_rate, graphed, interleaved, matmul_rate, peak_memory, ratio, read_bandwidth
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -148,15 +149,17 @@ def main() -> None:
 def measure(problem: Problem, rows: int, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     device = problem.head.device
     contenders: dict[str, Callable[[], Any]] = {}
+
+    def take(name: str, run: Callable[[], Any], reason: str) -> None:
+        if not (reason := reason or failure(run)):
+            contenders[name] = run
+        elif (message := f"{name} is not timed: {reason}") not in _told:
+            console.print(message, markup=False)
+            _told.add(message)
+
     for backend in args.backends or backends.BACKENDS:
         reason = backends.BACKENDS[backend].refuses(problem.hidden.flatten(0, 1), problem.head)
-        reason = reason or check(problem, backend)
-        if reason:
-            if (message := f"{backend} is not timed: {reason}") not in _told:
-                console.print(message)
-                _told.add(message)
-        else:
-            contenders[backend] = problem.fused(backend)
+        take(backend, problem.fused(backend), reason or failure(partial(check, problem, backend)))
     compiled = torch.compile(unfused, dynamic=False)
     baselines: dict[str, Callable[[], Any]] = {
         "a": problem.reference,
@@ -164,7 +167,9 @@ def measure(problem: Problem, rows: int, args: argparse.Namespace, console: Cons
         "c": lambda: compiled(problem.canvas[PROMPT:], problem.head, problem.undecided),
         "d": problem.product,
     }
-    contenders |= {key: run for key, run in baselines.items() if key not in args.without}
+    for name, run in baselines.items():
+        if name not in args.without:
+            take(name, run, "")
     timed = contenders
     if device.type == "cuda":
         timed = {name: run if name == "a" else graphed(run) for name, run in contenders.items()}

@@ -175,13 +175,14 @@ def main() -> None:
     dtype = DTYPES[args.dtype or ("bfloat16" if name == "8b" else "float32")]
     longest = max(*sizes.get("length", [0]), args.prompt_length + max([*sizes.get("gen_length", []), 2 * BLOCK]))
     model = random_model(shape, device=device, dtype=dtype, max_length=longest)
-    records = []
+    records: list[dict[str, Any]] = []
     for axis, values in sizes.items():
         found = measure(model, axis, values, args.prompt_length, args.seconds)
         show(found, axis, console)
-        records += [r | {"shape": name, "layers": shape.n_layers, "dtype": str(dtype)[6:]} for r in found]
-    if not args.dry_run:
-        console.print(f"appended to {append(records, device)}")
+        found = [r | {"shape": name, "layers": shape.n_layers, "dtype": str(dtype)[6:]} for r in found]
+        if not args.dry_run:  # at once: what comes after it may be stopped
+            console.print(f"appended to {append(found, device)}")
+        records += found
     if args.plot:
         plot(records, args.plot)
 

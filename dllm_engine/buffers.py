@@ -24,6 +24,7 @@ class Buffers:
         self.graphs: dict[Any, Any] = {}  # of `graphs.BlockCalls`: they hold addresses in these storages
         self.graphs_work = True
         self._pool: Any = None
+        self._stream: Any = None
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The first elements of storage ``name`` as ``shape``; views taken before a growth keep the old bytes.
@@ -36,6 +37,7 @@ class Buffers:
         if flat is None or flat.numel() < count or flat.dtype != dtype:
             del flat
             self.graphs.clear()
+            self._pool = None  # torch takes none again that its last graph left: cuBLAS's workspace is still there
             self._flat.pop(name, None)  # freed first: old and new need not fit beside each other
             check_fits(name, count * dtype.itemsize, self.device)
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
@@ -46,11 +48,17 @@ class Buffers:
         for flat in self._flat.values():
             flat.zero_()
 
-    def graph_pool(self) -> Any:
-        """The memory that all graphs share: they never run at once."""
+    def graph_memory(self) -> dict[str, Any]:
+        """Where graphs are captured. All share their memory, for they never run at once: `torch.cuda.graph`'s options.
+
+        With nobody else: cuBLAS has a workspace for each stream, which torch (from 2.12 on) frees with any graph that
+        was captured on it.
+        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return {"pool": self._pool, "stream": self._stream}
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ idle row to one of few sizes.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from dataclasses import replace
@@ -109,14 +110,20 @@ class BlockCalls:
 
     def _capture(self, count: int) -> Kept | None:
         """The call as a graph (capturing computes nothing); None, with a warning, where that fails."""
-        graph = torch.cuda.CUDAGraph()
+        graph, stream, collects = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), gc.isenabled()
+        gc.disable()  # to destroy a graph that some cycle held would break off the capture
         try:
-            with torch.cuda.graph(graph, pool=self.buffers.graph_pool()):
+            # what other threads allocate meanwhile is their business
+            with torch.cuda.graph(graph, **self.buffers.graph_memory(), capture_error_mode="thread_local"):
                 self._call(count)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own as the current one
             self.buffers.graphs_work = False
             warnings.warn(f"block calls run without CUDA graphs: {error}", stacklevel=2)
             return None
+        finally:
+            if collects:
+                gc.enable()
         return Kept(graph, self._tensors())
 
     def _tensors(self) -> list[Any]:

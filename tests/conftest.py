@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cases import PTX, all_isas, backend_params
 from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
+from dllm_engine.backends import BACKENDS
 from dllm_engine.demo import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,14 +39,27 @@ def isas() -> Iterator[None]:
 def where(request: pytest.FixtureRequest, isas: None) -> tuple[str, str]:
     """(backend, device)."""
     backend, device = request.param
+    if device == "cuda" and (reason := BACKENDS[backend].unavailable):
+        pytest.skip(reason)
     return backend, device
 
 
 @pytest.fixture(autouse=True)
-def no_old_graphs(request: pytest.FixtureRequest) -> None:
-    """CUDA graphs of an earlier test's engine may hang in cycles, and a capture of another kind must not meet them."""
-    if request.node.get_closest_marker("gpu"):
+def one_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on a GPU leaves nothing to the next.
+
+    CUDA graphs of an earlier test's engine may hang in cycles, and a capture of another kind must not meet them. After
+    a fault a process can use the device no more: one of several makes room for another, so that only that test fails.
+    """
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu:
         gc.collect()
+    yield
+    if on_gpu and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")

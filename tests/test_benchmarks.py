@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from cases import SLOWLY
+from rich.console import Console
 
-from dllm_engine import LLaDA, graphs, policies
+from dllm_engine import LLaDA, backends, graphs, policies
 from dllm_engine.policy_text import PolicyText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -93,6 +95,27 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
     record = block_step.measure(model, shape, 1, 8, {"bandwidth": 1.0, "flops": 1.0}, 0.0)
     assert record["step_eager_layers_seconds"] > 0
     assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
+
+
+def test_what_cannot_run_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that is missing, a backend that breaks: the others have their figures."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import decode_step
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no C compiler\nand many lines")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    monkeypatch.setitem(backends.BACKENDS, "broken", backends.Backend("", (), broken, broken))
+    head = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    args = argparse.Namespace(backends=["broken", "eager"], without=["a"], seconds=0.0)
+    with (tmp_path / "out").open("w+") as file:
+        console = Console(file=file, width=200)
+        records = decode_step.measure(decode_step.Problem(16, 64, 2, torch.float32, head), 2, args, console)
+        file.seek(0)
+        told = file.read()
+    assert [record["contender"] for record in records] == ["eager", "b", "d"]
+    assert told.splitlines() == [f"{name} is not timed: RuntimeError: no C compiler" for name in ("broken", "c")]
 
 
 def test_scaling(run: Run, tmp_path: Path) -> None:

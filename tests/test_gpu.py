@@ -122,6 +122,25 @@ def test_block_calls_in_graphs_give_the_same_tokens(monkeypatch: pytest.MonkeyPa
     assert any(kept.graphs.values()), "nothing was captured"
 
 
+def test_graphs_are_captured_again_after_a_growth() -> None:
+    """And those of another engine stay as they are."""
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    models = [LLaDA.from_pretrained(GOLDEN / "checkpoint", device="cuda", dtype="float32") for _ in range(2)]
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": "dual", "policy": TopK()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a failed capture warns
+        first = [decode(model, [[4, 5, 6]], **settings).sequences for model in models]
+        for length in (9, 30):
+            for _ in range(2):
+                decode(models[0], [list(range(2, 2 + length))], **settings)
+            kept = Engine.kept(models[0])._buffers
+            assert kept is not None
+            assert any(kept.graphs.values()), "nothing was captured"
+            again = [decode(model, [[4, 5, 6]], **settings).sequences for model in models[::-1]]
+            assert all(torch.equal(sequences, first[0]) for sequences in (*first, *again))
+
+
 @pytest.mark.parametrize("graphs", ["0", "1"])
 def test_no_host_synchronisation_in_a_block_call(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if unavailable("triton"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from cases import SLOWLY
 from conftest import ending_model
 
 from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs, weights
+from dllm_engine.buffers import Buffers
 from dllm_engine.graphs import BlockCalls, Kept
 from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold, TopK
 
@@ -161,6 +165,54 @@ def test_moved_weights_and_grown_buffers_drop_graphs(
     engine._buffers.take("tokens", (6, 4096), torch.int64)
     assert not engine._buffers.graphs
     assert torch.equal(decode(model, PROMPTS, **BASE, **settings).sequences, want.sequences)
+
+
+def test_graphs_after_a_growth_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that its last graph left may not be captured into again; the stream is neither torch's nor another's."""
+    pools = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    one, other = (Buffers(torch.device("cpu")) for _ in range(2))
+    one.take("tokens", (8,), torch.int64)
+    first = one.graph_memory()
+    one.take("tokens", (6,), torch.int64)
+    assert one.graph_memory() == first
+    assert other.graph_memory()["pool"] != first["pool"]
+    assert other.graph_memory()["stream"] is not first["stream"]
+    one.take("tokens", (9,), torch.int64)
+    assert one.graph_memory()["pool"] != first["pool"]
+    assert one.graph_memory()["stream"] is first["stream"]
+
+
+def test_a_failed_capture_ends_on_the_stream_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch does not go back to it where the capture cannot be ended."""
+    streams = ["current"]
+
+    @contextmanager
+    def capture(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        streams.append(stream)
+        assert capture_error_mode == "thread_local"
+        assert not gc.isenabled()
+        yield
+        raise AssertionError("not reached")
+
+    for name, value in {
+        "CUDAGraph": object, "graph": capture, "graph_pool_handle": object, "Stream": lambda device: "own",
+        "current_stream": lambda: streams[-1], "set_stream": streams.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def fails(self: BlockCalls, count: int) -> None:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(BlockCalls, "_call", fails)
+    calls = BlockCalls.__new__(BlockCalls)
+    calls.buffers = Buffers(torch.device("cpu"))
+    with pytest.warns(UserWarning, match="operation not permitted"):
+        assert calls._capture(1) is None
+    assert streams == ["current", "own", "current"]
+    assert gc.isenabled()
+    assert not calls.buffers.graphs_work
 
 
 def test_only_so_many_graphs_are_kept(model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
