@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from dllm_engine.model import LLaDA
 from dllm_engine.noise import LARGEST
 
+_INTS = torch.int64, torch.int32
 END_OF_TEXT = ("auto", "off", "committed", "predicted")
 
 
@@ -24,7 +26,7 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
         ids = input_ids
         if ids.ndim != 2:
             raise ValueError(f"input_ids: shape {list(ids.shape)} given; [B, P] is needed")
-        if ids.dtype not in (torch.int64, torch.int32):
+        if ids.dtype not in _INTS:
             raise TypeError(f"input_ids: dtype {ids.dtype} given; torch.int64 is needed")
         if 0 in ids.shape:
             raise ValueError(f"input_ids: shape {list(ids.shape)} given; neither batch nor prompt may be empty")
@@ -42,25 +44,18 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
 
 
 def check_one(model: LLaDA, prompt: Any, index: int, longest: int) -> list[int]:
-    """Ids of one prompt of many, a list of ints or a LongTensor [P]; ``longest``: tokens that it may have.
+    """Ids of one prompt of many, a list of ints or an integer tensor [P]; ``longest``: tokens that it may have.
 
     Raises:
         TypeError, ValueError: naming ``index``.
     """
-    if isinstance(prompt, Tensor):
-        if prompt.ndim != 1 or prompt.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"prompts: prompt {index} has shape {list(prompt.shape)} and {prompt.dtype}; int64 [P] is needed"
-            )
-        ids = prompt.tolist()  # host: a prompt that comes as a tensor, before its first call
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        ids = list(prompt)
-    else:
+    if isinstance(prompt, Tensor) and (prompt.ndim != 1 or prompt.dtype not in _INTS):
+        raise ValueError(
+            f"prompts: prompt {index} has shape {list(prompt.shape)} and {prompt.dtype}; int64 [P] is needed"
+        )
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence | Tensor):
         raise TypeError(f"prompts: prompt {index} is a {type(prompt).__name__}; a list of ints is needed")
-    if not ids:
-        raise ValueError(f"prompts: prompt {index} is empty")
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise TypeError(f"prompts: prompt {index} holds something other than ints; encode text with model.tokenizer")
+    ids = _ids("prompts", prompt, index)
     if len(ids) > longest:
         raise ValueError(
             f"prompts: prompt {index} has {len(ids)} tokens; {longest} fit the engine's max_length beside gen_length"
@@ -95,25 +90,31 @@ def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tens
     if (
         not isinstance(prompts, Sequence)
         or isinstance(prompts, str)
-        or not all(isinstance(p, Sequence) for p in prompts)
+        or not all(isinstance(p, Sequence) or (isinstance(p, Tensor) and p.ndim == 1) for p in prompts)
     ):
         raise TypeError(
             f"input_ids: {type(prompts).__name__} given; a LongTensor [B, P] or a list of lists of ints is needed"
         )
     if not prompts:
         raise ValueError("input_ids: an empty batch given")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"input_ids: prompt {i} is empty")
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-            raise TypeError(f"input_ids: prompt {i} holds something other than ints; encode text with model.tokenizer")
+    prompts = [_ids("input_ids", prompt, i) for i, prompt in enumerate(prompts)]
     width = max(map(len, prompts))
     padding = [width - len(p) for p in prompts]
-    ids = [[fill_id] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)]
+    ids = [[fill_id] * pad + p for pad, p in zip(padding, prompts, strict=True)]
     try:
         return torch.tensor(ids, device=device), torch.tensor(padding, device=device)
     except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"input_ids: an id does not fit 64 bits ({error})") from None
+
+
+def _ids(name: str, prompt: Sequence[Any] | Tensor, index: int) -> list[int]:
+    """Of one prompt, whose integers may be numpy's."""
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # host: a prompt before its first call
+    if not ids:
+        raise ValueError(f"{name}: prompt {index} is empty")
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+        raise TypeError(f"{name}: prompt {index} holds something other than ints; encode text with model.tokenizer")
+    return [int(token) for token in ids]
 
 
 def check_count(name: str, value: Any) -> None:

@@ -40,8 +40,11 @@ def test_one_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     assert out != ANSWER + "\n"  # without its template the demo model does not know what to do
 
 
-def test_the_installed_command_reads_stdin() -> None:
-    command = [str(Path(sys.executable).parent / "dllm-engine"), "generate", *LENGTH]
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).parent / "dllm-engine")], [sys.executable, "-m", "dllm_engine"]]
+)
+def test_the_installed_command_reads_stdin(command: list[str]) -> None:
+    command = [*command, "generate", *LENGTH]
     done = subprocess.run(command, input=PROMPT + "\n", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER + "\n", "")
 

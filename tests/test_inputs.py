@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -114,3 +115,12 @@ def test_a_module_that_is_no_model(model: LLaDA) -> None:
         decode(torch.nn.Linear(2, 2), [[1]])
     with pytest.raises(TypeError, match="model: dict given"):
         decode({}, [[1]])  # type: ignore[arg-type]
+
+
+def test_prompts_may_be_tensors_and_hold_integers_of_numpy() -> None:
+    made, prompts = tiny_model(), [[5, 3], [7, 8, 9]]
+    expected = decode(made, prompts, gen_length=8, block_length=8).sequences
+    for same in ([torch.tensor(p) for p in prompts], [list(np.array(p)) for p in prompts]):
+        assert torch.equal(decode(made, same, gen_length=8, block_length=8).sequences, expected)
+    with pytest.raises(TypeError, match="prompt 1 holds something other than ints"):
+        decode(made, [[5], torch.tensor([0.5])], gen_length=8, block_length=8)
