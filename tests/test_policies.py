@@ -238,6 +238,8 @@ def test_confidences_are_compared_as_float32() -> None:
         assert rule is not None
         assert set(rule.bounds.tolist()) == {least_log_odds(c)}
     block = make_block([[1, 1]], [2])
+    nothing = make_stats(block, log_odds=-math.inf)  # what `ops.row_stats` says of a chosen id that it excludes
+    assert Threshold(0).select(nothing, block).all()
     entropies = make_stats(block, entropy=[[0.45, float(np.nextafter(np.float32(0.45), np.float32(1)))]])
     assert Entropy(0.45).select(entropies, block).tolist() == [[True, False]]
     assert WeDLM(0.45, 0).select(entropies, block).tolist() == [[False, False]]  # strictly below
