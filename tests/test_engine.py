@@ -420,6 +420,7 @@ def test_rows_join_calls_together(model: LLaDA, monkeypatch: pytest.MonkeyPatch)
     [
         ([5] * 25, ValueError, "prompts: prompt 4 has 25 tokens; 24 fit the engine's max_length"),
         ([], ValueError, "prompts: prompt 4 is empty"),
+        ([3, True], TypeError, "prompts: prompt 4 holds something other than ints"),
         (["a"], TypeError, "prompts: prompt 4 holds something other than ints"),
         ("text", TypeError, "prompts: prompt 4 is a str"),
         (None, TypeError, "prompts: prompt 4 is a NoneType"),

@@ -145,6 +145,9 @@ def test_paired_loss_with_few_discordant_pairs_is_exact() -> None:
     assert won == (pytest.approx(-0.01), pytest.approx(1 - 0.05**0.01))  # one prompt won promises no gain
     assert evaluate.paired_loss([True] * 3, [False] * 3) == (1.0, 1.0)
     assert evaluate.paired_loss([True] * 30, [False] * 30) == (1.0, 1.0)
+    # ten pairs are enough for the normal approximation: mean 0.1, variance (10 − 100 · 0.01) / 99
+    _, upper = evaluate.paired_loss(same, [False] * 10 + same[10:])
+    assert upper == pytest.approx(0.1 + 1.645 * math.sqrt(9 / 99 / 100), abs=1e-9)
     with pytest.raises(ValueError, match="right: 0 outcomes given"):
         evaluate.paired_loss([], [])
     with pytest.raises(ValueError, match=r"as many as baseline_right \(2\)"):

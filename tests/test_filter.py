@@ -46,6 +46,8 @@ def test_round_trip(tmp_path: Path, target: str) -> None:
     first.save_pretrained(tmp_path / target)
     second = LearnedFilter.from_pretrained(tmp_path / target)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert (Learn2PD(first).reads_decided, Learn2PD(made(model)).reads_decided) == (False, True)
+    assert not Learn2PD(made(model, kind="position")).reads_decided
     for name in ("block_length", "threshold", "confidence_of_decided", "cache", "ids"):
         assert getattr(first, name) == getattr(second, name)
     assert Learn2PD(second).threshold == 0.8

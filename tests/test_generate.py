@@ -123,6 +123,19 @@ def test_a_transformers_module_shares_its_tensors(model: LLaDA) -> None:
         LLaDA.from_transformers(nn.Linear(2, 2))
 
 
+def test_a_transformers_module_whose_head_is_tied() -> None:
+    from conftest import tiny_config
+
+    tied = tiny_model(weight_tying=True)
+    module = LikeTransformers(tied, tiny_config(weight_tying=True))
+    tied.ff_out = nn.Linear(32, 64, bias=False)
+    tied.ff_out.weight = tied.wte.weight
+    assert LLaDA.from_transformers(module).lm_head.data_ptr() == tied.wte.weight.data_ptr()
+    tied.ff_out.weight = nn.Parameter(tied.wte.weight * 2)
+    with pytest.raises(ValueError, match="no place for, the first: ff_out.weight"):
+        LLaDA.from_transformers(module)
+
+
 def test_a_transformers_module_keeps_its_engine_while_its_tensors_stay(model: LLaDA) -> None:
     import copy
     import gc

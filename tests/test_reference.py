@@ -152,6 +152,17 @@ def test_sampling_reports_the_drawn_id_without_noise(tile: int) -> None:
     assert differs > 1
 
 
+def test_rows_that_reach_over_the_canvas_are_neither_undecided_nor_active() -> None:
+    state = make_state(gen_length=8, block_length=4)
+    state.block_start[:] = 6
+    state.undecided[:, 2:6] = False
+    block = state.block(torch.arange(2), 7)
+    assert block.undecided.tolist() == [[True] * 4 + [False] * 3] * 2
+    assert block.active.tolist() == [[True] * 4 + [False] * 3] * 2
+    assert len(set(block.columns[0].tolist())) == 7, "two rows name one column"
+    assert not state.undecided[:, block.columns[0, 4:]].any()
+
+
 # -- commit ---------------------------------------------------------------------------------------------------------
 
 

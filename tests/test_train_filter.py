@@ -190,6 +190,8 @@ def test_threshold_for_a_risk() -> None:
     assert train_filter.threshold_for(probability, final, 0.2) == pytest.approx(0.55)
     assert train_filter.threshold_for(probability, final, 0.5) == pytest.approx(0.1)
     assert train_filter.threshold_for(probability, ~final, 0.01) == 1.0
+    equal = torch.tensor([0.9, 0.6, 0.6])  # the first of the equal ones is right, but no threshold has it alone
+    assert train_filter.threshold_for(equal, torch.tensor([True, True, False]), 0.01) == pytest.approx(0.75)
 
 
 def test_figures_by_hand() -> None:
