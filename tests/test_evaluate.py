@@ -96,6 +96,13 @@ def test_rows_are_what_decode_gives_each_prompt_alone(demo_model: LLaDA) -> None
         assert row.seconds > 0
 
 
+def test_seeds_count_samples_not_batches(demo_model: LLaDA) -> None:
+    setting = Setting("random", gen_length=32)
+    two, five = (timeless(evaluate.run(demo_model, fresh(5), setting, batch_size=n)) for n in (2, 5))
+    assert two == five
+    assert timeless(evaluate.run(demo_model, fresh(5), setting, seed=1)) != five
+
+
 def test_summary() -> None:
     rows = [
         Row(0, "copy", True, 4, 10, "", 0.5),
@@ -164,6 +171,10 @@ def test_settings_take_turns(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch)
     slow, fast = ("topk", 3), ("threshold", 3)
     assert calls.made == [slow, slow, fast, fast, ("topk", 2), ("threshold", 2)]  # the first of each is the warm-up
     assert seen == [TOPK, FAST, TOPK, FAST]
+    for wrong in (replace(FAST, cache="dul"), replace(FAST, end_of_text="no"), replace(FAST, gen_length=33)):
+        with pytest.raises(ValueError, match="given"):
+            evaluate.run_all(demo_model, fresh(2), [TOPK, wrong], on_turn=seen.append)
+    assert len(seen) == 4, "a bad setting was found after the first turn"
     assert timeless(rows[1]) == timeless(evaluate.run(demo_model, fresh(5), FAST))
 
 

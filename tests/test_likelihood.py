@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from dllm_engine import LLaDA, likelihood, ops
+from dllm_engine import LLaDA, decode, likelihood, ops
 from dllm_engine.likelihood import greedy_matches, log_likelihood
 
 CONTEXT = [7, 3, 59, 41]  # it holds the mask id
@@ -127,6 +127,17 @@ def test_greedy_is_the_most_confident_token_a_step(model: LLaDA, cfg_scale: floa
         assert found == [True, True, False, True, True]
 
 
+def test_targets_that_just_fit_and_settings_beside_the_model() -> None:
+    model = tiny_model(seed=3, max_sequence_length=8)
+    model.generation_defaults = {"steps": 1, "temperature": 3.0, "cfg_scale": 2.0, "cache": "dual", "policy": "random"}
+    target = decode(model, [CONTEXT], gen_length=4, block_length=4, steps=4, policy="topk", cache="none",
+                    temperature=0.0, cfg_scale=0.0, end_of_text="off").sequences[0, 4:].tolist()  # fmt: skip
+    assert greedy_matches(model, [CONTEXT], [target]) == [True]
+    assert math.isfinite(estimate(model, target))
+    with pytest.raises(ValueError, match=r"4 \+ 5 tokens given in request 0"):
+        log_likelihood(model, [CONTEXT], [[*target, 5]])
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
@@ -137,6 +148,7 @@ def test_greedy_is_the_most_confident_token_a_step(model: LLaDA, cfg_scale: floa
         ([3], {"samples": 0}, "samples: 0 given; at least 1 is needed"),
         ([3], {"batch_size": 0}, "batch_size: 0 given"),
         ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; at least 0"),
+        ([3], {"cfg_scale": math.nan}, "cfg_scale: nan given"),
     ],
 )
 def test_errors_come_before_the_first_call(
