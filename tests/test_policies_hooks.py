@@ -13,12 +13,13 @@ from conftest import ending_model, tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
 from torch import Tensor
 
-from dllm_engine import Engine, LLaDA, LLaDAConfig, decode, policies
+from dllm_engine import Engine, LearnedFilter, LLaDA, LLaDAConfig, decode, policies
 from dllm_engine.policies import (
     AdaBlock,
     Credit,
     ExploreExploit,
     FreeDave,
+    Learn2PD,
     Policy,
     Threshold,
     TokenEditing,
@@ -197,6 +198,10 @@ def test_drafts_beyond_a_block_are_refused() -> None:
             decode(model, PROMPTS, policy=FreeDave(drafts), **settings)
         decode(model, PROMPTS, policy=FreeDave(most), **settings)
     decode(model, PROMPTS, gen_length=8, block_length=4, policy="freedave")
+    with pytest.raises(ValueError, match="^drafts: 65 given; 2 to 64 allowed"):
+        decode(model, PROMPTS, policy=FreeDave(65), gen_length=128, block_length=128)
+    with pytest.raises(ValueError, match="this filter takes blocks up to 4"):  # the rule checks itself too
+        decode(model, PROMPTS, policy=FreeDave(4, rule=Learn2PD(LearnedFilter(4))), gen_length=8, block_length=8)
 
 
 # -- editing -----------------------------------------------------------------------------------------------------------
