@@ -245,6 +245,11 @@ def test_a_call_beyond_the_engine_is_refused(model: LLaDA) -> None:
         engine.decode([[4]] * 3, **SHORT)
     with pytest.raises(ValueError, match="1 sequences of 21 columns given"):
         engine.decode([[4] * 5], **SHORT)
+    with Engine(tiny_model(max_sequence_length=20), max_batch=1, max_length=99) as larger:
+        (fits,) = larger.generate_many([[4] * 4], **SHORT)
+        assert len(fits.sequence) == 20
+        with pytest.raises(ValueError, match="prompt 0 has 5 tokens; 4 fit"):
+            list(larger.generate_many([[4] * 5], **SHORT))
     for name, value, error in (("gen_length", 20, "gen_length: 20 given; max_length 20 leaves no room"),):
         with pytest.raises(ValueError, match=error):
             engine.generate_many([[4]], block_length=4, **{name: value})

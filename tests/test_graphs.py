@@ -72,7 +72,14 @@ RULES: dict[str, Policy] = {
 @pytest.mark.parametrize("policy", RULES)
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"temperature": 0.7}, {"end_of_text": "off"}, {"end_of_text": "predicted"}, {"cache": "dual/5"}],
+    [
+        {},
+        {"temperature": 0.7},
+        {"end_of_text": "off"},
+        {"end_of_text": "predicted"},
+        {"cache": "dual/5"},
+        {"backend": "eager"},
+    ],
     ids=str,
 )
 def test_tokens_and_passes_are_the_same(
@@ -121,6 +128,24 @@ def test_later_decodes_replay_with_their_own_values(
     shorter = [prompt[-1:] for prompt in PROMPTS]  # another shape: graphs of its own
     want = expected(model, shorter, monkeypatch, **settings)
     assert torch.equal(decode(model, shorter, **BASE, **settings).sequences, want.sequences)
+
+
+def waiting() -> Policy:
+    rule = Threshold(0.2)
+    rule.ends_wait = True
+    return rule
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"end_of_text": "off"}, {"policy": waiting()}], ids=str)
+def test_what_is_fixed_in_a_graph_has_graphs_of_its_own(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    plain: dict[str, Any] = {"policy": Threshold(0.2), "end_of_text": "committed", "seed": 3}
+    found = []
+    for given in (plain, plain | changes) * 3:
+        found.append(decode(model, PROMPTS, **BASE, **given).sequences)
+        assert torch.equal(found[-1], expected(model, PROMPTS, monkeypatch, **given).sequences)
+    assert not torch.equal(found[0], found[1]), "both give the same: the test shows nothing"
 
 
 @pytest.mark.parametrize(("block_length", "by_kernel"), [(8, True), (128, True), (160, False)])

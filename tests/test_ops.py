@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,37 @@ def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], 
             arguments.pop("hidden"), HEAD, state, arguments.pop("sequences"), arguments.pop("rule"), **arguments
         )
     assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
+
+
+def every_other(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal, but its elements lie apart."""
+    return torch.stack((tensor, torch.full_like(tensor, 7)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_arguments_may_be_views(backend: str) -> None:
+    keys, rows, probes = torch.arange(9).view(3, 3), torch.tensor([1, 3, 0]), torch.tensor([[1, 2], [2, 9], [0, 49]])
+    plain, apart = (
+        ops.row_stats(
+            HIDDEN, HEAD, change(rows.to(dtype)), probe_ids=change(probes), noise_keys=change(keys), temperature=0.5,
+            backend=backend,
+        )
+        for change, dtype in ((torch.clone, torch.int64), (every_other, torch.int32))
+    )  # fmt: skip
+    for a, b in zip(plain.fields(), apart.fields(), strict=True):
+        assert torch.equal(a, b)
+    hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
+    for name, rule in rules_for(8, "cpu").items():
+        states = [fresh_state(1, batch=3) for _ in range(2)]
+        ops.decode_step_(
+            hidden, HEAD, states[0], torch.tensor([2, 0]), rule, end_ids=torch.tensor([1, 2]), backend=backend
+        )
+        rule = replace(rule, bounds=every_other(rule.bounds), weights=every_other(rule.weights))
+        ends, sequences = every_other(torch.tensor([1, 2])), every_other(torch.tensor([2, 0]))
+        shifted = hidden.transpose(0, 1).contiguous().transpose(0, 1)
+        ops.decode_step_(shifted, HEAD, states[1], sequences, rule, end_ids=ends, backend=backend)
+        for field in STATE:
+            assert torch.equal(getattr(states[0], field), getattr(states[1], field)), (name, field)
 
 
 def test_scratch_is_at_most_a_megabyte() -> None:
