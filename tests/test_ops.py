@@ -152,6 +152,18 @@ def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], 
     assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
 
 
+@pytest.mark.parametrize(("column", "value"), [(0, -1), (0, 12), (2, -1), (2, 8)])
+def test_a_state_that_points_outside_is_refused(column: int, value: int) -> None:
+    """A block that reaches over the canvas of 19 columns, or a step of it that has no quota."""
+    state = fresh_state(0, batch=2)
+    state.progress[1, column] = value
+    before = [getattr(state, field).clone() for field in STATE]
+    hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
+    with pytest.raises(ValueError, match=f"state.progress: .*{value}.* given"):
+        ops.decode_step_(hidden, HEAD, state, torch.arange(2), rules_for(8, "cpu")["threshold"])
+    assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
+
+
 def every_other(tensor: torch.Tensor) -> torch.Tensor:
     """Equal, but its elements lie apart."""
     return torch.stack((tensor, torch.full_like(tensor, 7)), -1)[..., 0]
