@@ -217,6 +217,17 @@ def test_strides_offsets_and_repeated_rows(where: tuple[str, str]) -> None:
         assert torch.equal(a, b)
 
 
+def test_ids_may_be_listed_in_any_order_and_twice(where: tuple[str, str]) -> None:
+    backend, device = where
+    assert ops.id_tensor([40, 7, 40, 0], torch.device(device)).tolist() == [0, 7, 40]  # as kernels bisect it
+    hidden, head = matrices(4, 64, 700, torch.float32, device=device)
+    rows = torch.arange(4, device=device)
+    best = truth_of(hidden, head, rows)["token"].tolist()
+    banned, excluded = [699, *best, 3, *best], [650, best[0], 1, 1]
+    stats = ops.row_stats(hidden, head, rows, banned_ids=banned, excluded_ids=excluded, backend=backend)
+    compare(stats, truth_of(hidden, head, rows, tuple({*banned}), tuple({*excluded})))
+
+
 def test_probes(where: tuple[str, str]) -> None:
     backend, device = where
     hidden, head = matrices(5, 64, 700, torch.bfloat16, device=device)
