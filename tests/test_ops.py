@@ -195,6 +195,10 @@ def test_arguments_may_be_views(backend: str) -> None:
             assert torch.equal(getattr(states[0], field), getattr(states[1], field)), (name, field)
 
 
+def test_only_the_published_filter_needs_decided_rows() -> None:
+    assert {name for name, rule in rules_for(8, "cpu").items() if rule.reads_decided} == {"learn2pd-model"}
+
+
 def test_scratch_is_at_most_a_megabyte() -> None:
     for dim, vocab in ((4096, 126464), (64, 500_000), (8192, 256_000)):
         for rows in (1, 8, 32, 1024):

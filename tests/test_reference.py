@@ -161,6 +161,11 @@ def test_rows_that_reach_over_the_canvas_are_neither_undecided_nor_active() -> N
     assert block.active.tolist() == [[True] * 4 + [False] * 3] * 2
     assert len(set(block.columns[0].tolist())) == 7, "two rows name one column"
     assert not state.undecided[:, block.columns[0, 4:]].any()
+    before, every = state.tokens.clone(), torch.ones(2, 7, dtype=torch.bool)
+    stats = make_stats([[5] * 7] * 2)
+    commit_(state, block, stats, stats.log_odds, every, stats.token, end_ids=None, edited=every)
+    assert torch.equal(state.tokens[:, :6], before[:, :6]), "what lies before the block was edited"
+    assert state.tokens[:, 6:].tolist() == [[5] * 4] * 2
 
 
 # -- commit ---------------------------------------------------------------------------------------------------------
