@@ -241,3 +241,15 @@ def test_a_row_without_token_is_reported_and_not_written() -> None:
     state = make_state()
     step(state, [[5] * 4] * 2, [[0.0, math.nan, 1.0, 1.0], [0.0] * 4])
     assert state.failed_at.tolist() == [3, 10]
+
+
+def test_lengths_of_blocks_are_one_to_what_is_seen() -> None:
+    states = [make_state(), make_state()]
+    for state, lengths in zip(states, ([0, 99], [1, 4]), strict=True):
+        block, stats = state.block(torch.arange(2), 4), make_stats([[5] * 4] * 2)
+        every = torch.ones(2, 4, dtype=torch.bool)
+        commit_(state, block, stats, stats.log_odds, every, stats.token, end_ids=None, lengths=torch.tensor(lengths))
+    assert states[0].tokens[:, 2:6].tolist() == [[5, 99, 99, 99], [5, 5, 5, 5]]
+    assert states[0].block_start.tolist() == [3, 6]
+    for field in ("tokens", "undecided", "progress"):
+        assert torch.equal(getattr(states[0], field), getattr(states[1], field)), field
