@@ -238,6 +238,8 @@ def test_a_row_without_token_is_reported_and_not_written() -> None:
     step(state, [[10, -1, 12, 13], [20, 21, 22, 23]], [[0.0, 5.0, 6.0, 1.0]] * 2, [[True] * 4] * 2)
     assert state.tokens[0, 2:6].tolist() == [10, 99, 12, 13]
     assert state.failed_at.tolist() == [3, 10]
+    step(state, [[10, 11, 12, -1], [20, 21, -1, 23]], [[0.0] * 4] * 2)
+    assert state.failed_at.tolist() == [3, 8]  # the first column, whichever step it was
     state = make_state()
     step(state, [[5] * 4] * 2, [[0.0, math.nan, 1.0, 1.0], [0.0] * 4])
     assert state.failed_at.tolist() == [3, 10]
@@ -253,3 +255,17 @@ def test_lengths_of_blocks_are_one_to_what_is_seen() -> None:
     assert states[0].block_start.tolist() == [3, 6]
     for field in ("tokens", "undecided", "progress"):
         assert torch.equal(getattr(states[0], field), getattr(states[1], field)), field
+
+
+def test_sequences_that_take_no_part_are_left_as_they_are() -> None:
+    state = make_state()
+    fields = ("tokens", "undecided", "predicted", "progress")
+    before = {name: getattr(state, name).clone() for name in fields}
+    block, stats = state.block(torch.arange(2), 4), make_stats([[5, 6, -1, 1]] * 2)
+    commit_(
+        state, block, stats, stats.log_odds, block.undecided, stats.token, end_ids=torch.tensor([1]),
+        only=torch.tensor([True, False]),
+    )  # fmt: skip
+    for name in fields:
+        assert torch.equal(getattr(state, name)[1], before[name][1]), name
+        assert not torch.equal(getattr(state, name)[0], before[name][0]), name
