@@ -102,14 +102,18 @@ def test_a_cut_saves_passes_also_guided_or_drawn(demo_model: LLaDA) -> None:
 def test_a_cut_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states are logits. The second sequence is a block further on: its last rows lie behind the canvas."""
     monkeypatch.setattr(end_of_text, "CONFIDENCE", 0.5)  # which equal logits of two ids have
-    state = make_state(gen_length=8, block_length=2)  # columns 2 to 9
+    state = make_state(gen_length=8, block_length=2, batch=3)  # columns 2 to 9
     state.undecided[1, 2:4] = False
     end, even, text = [5.0, 0.0], [0.0, 0.0], [0.0, 5.0]
-    logits = torch.tensor([[end, text, even, end, end, even], [text, end, end, even, text, text]])
-    first, ids = torch.tensor([4, 6]), torch.tensor([0])
-    end_of_text.predict_end_(state, torch.arange(2), first, logits, torch.eye(2), ids, {"backend": "eager"})
-    assert state.active_end.tolist() == [7, 8]
-    assert state.tokens.tolist() == [[50, 51, 99, 99, 99, 99, 1, 1, 1, 1], [50, 51, 99, 99, 99, 99, 99, 1, 1, 1]]
+    logits = torch.tensor([[end, text, even, end, end, even], [text, end, end, even, text, text], [end] * 6])
+    first, ids = torch.tensor([4, 6, 4]), torch.tensor([0])
+    end_of_text.predict_end_(state, torch.arange(3), first, logits, torch.eye(2), ids, {"backend": "eager"})
+    assert state.active_end.tolist() == [7, 8, 5]
+    assert state.tokens.tolist() == [
+        [50, 51, 99, 99, 99, 99, 1, 1, 1, 1],
+        [50, 51, 99, 99, 99, 99, 99, 1, 1, 1],
+        [50, 51, 99, 99, 1, 1, 1, 1, 1, 1],
+    ]
     open_ = [[i for i, u in enumerate(row) if u] for row in state.undecided.tolist()]
-    assert open_ == [[2, 3, 4, 5], [4, 5, 6]]
-    assert state.left.tolist() == [4, 3]
+    assert open_ == [[2, 3, 4, 5], [4, 5, 6], [2, 3]]
+    assert state.left.tolist() == [4, 3, 2]

@@ -14,9 +14,11 @@ from test_policies import committed, make_block, make_stats, odds_of
 from dllm_engine import decode
 from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, Prophet, TokenEditing
 from dllm_engine.reference import RowStats
+from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState
 
 DOT = 7
+EVEN = least_log_odds(0.5)  # the least whose confidence is 0.5 in float32
 
 
 def begun(policy: Any, block: BlockState) -> Any:
@@ -44,6 +46,7 @@ def test_editing_takes_what_is_surer_than_the_threshold_and_no_token_twice() -> 
     assert (policy.select(stats, block) & block.undecided).tolist() == [[False, False, False, True, False]]
     edited, back = replace(block, tokens=torch.full((1, 5), 6)), said(block, [5] * 5, [1.0] * 5)
     assert policy.edit(back, edited).tolist() == [[False, True, True, False, False]]  # 5 was replaced in the first
+    assert not policy.edit(said(block, [-1] * 5, [9.0] * 5), edited).any()  # no token
     assert not policy.edit(back, replace(edited, active=torch.zeros(1, 5, dtype=torch.bool))).any()
     begins = replace(edited, step_in_block=torch.tensor([0]))  # of another prompt, perhaps, in the same row
     assert policy.edit(back, begins).tolist() == [[True, True, True, False, False]]
@@ -62,7 +65,7 @@ def test_passes_after_a_block_is_decided_are_counted_anew_in_each() -> None:
 
 @pytest.mark.parametrize(
     ("odds", "expected"),
-    [([-1.0, -1, 0, -1], 3), ([-1.0, -1, -0.1, -1], 4), ([3.0, 0, 1, 2], 3), ([3.0, -1, -1, 9], 4)],
+    [([-1.0, -1, EVEN, -1], 3), ([-1.0, -1, -0.1, -1], 4), ([3.0, 0, 1, 2], 3), ([3.0, -1, -1, 9], 4)],
 )
 def test_which_delimiter_ends_a_block(odds: list[float], expected: int) -> None:
     """The surest of at least even odds, not before the second position nor behind the third, undecided."""
