@@ -72,14 +72,7 @@ RULES: dict[str, Policy] = {
 @pytest.mark.parametrize("policy", RULES)
 @pytest.mark.parametrize(
     "extra",
-    [
-        {},
-        {"temperature": 0.7},
-        {"end_of_text": "off"},
-        {"end_of_text": "predicted"},
-        {"cache": "dual/5"},
-        {"backend": "eager"},
-    ],
+    [{}, {"temperature": 0.7}, {"end_of_text": "off"}, {"end_of_text": "predicted"}, {"cache": "dual/5"}],
     ids=str,
 )
 def test_tokens_and_passes_are_the_same(
@@ -131,7 +124,7 @@ def test_later_decodes_replay_with_their_own_values(
 
 
 def waiting() -> Policy:
-    rule = Threshold(0.2)
+    rule = TopK()
     rule.ends_wait = True
     return rule
 
@@ -140,7 +133,7 @@ def waiting() -> Policy:
 def test_what_is_fixed_in_a_graph_has_graphs_of_its_own(
     model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    plain: dict[str, Any] = {"policy": Threshold(0.2), "end_of_text": "committed", "seed": 3}
+    plain: dict[str, Any] = {"policy": TopK(), "steps": 16, "end_of_text": "committed", "seed": 3}
     found = []
     for given in (plain, plain | changes) * 3:
         found.append(decode(model, PROMPTS, **BASE, **given).sequences)
@@ -197,14 +190,15 @@ def test_only_so_many_graphs_are_kept(model: LLaDA, fixed: list[int], monkeypatc
     assert len(engine._buffers.graphs) == 3
 
 
-def test_a_stream_of_prompts(model: LLaDA, fixed: list[int]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_stream_of_prompts(model: LLaDA, fixed: list[int], backend: str) -> None:
     """Rows that begin a block while others are inside one, and free rows: the idle row changes nothing."""
     generator = torch.Generator().manual_seed(1)
     prompts = [
         torch.randint(2, 55, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator).tolist()
         for _ in range(24)
     ]
-    settings: dict[str, Any] = BASE | {"policy": Threshold(0.5)}
+    settings: dict[str, Any] = BASE | {"policy": Threshold(0.5), "backend": backend}
     with Engine(model, max_batch=6, max_length=48) as engine:
         many = {r.index: r for r in engine.generate_many(prompts, **settings)}
     assert {1, 2, 4, 6} >= set(fixed)

@@ -166,7 +166,7 @@ def test_a_state_that_points_outside_is_refused(column: int, value: int) -> None
 
 def every_other(tensor: torch.Tensor) -> torch.Tensor:
     """Equal, but its elements lie apart."""
-    return torch.stack((tensor, torch.full_like(tensor, 7)), -1)[..., 0]
+    return torch.stack((tensor, torch.full_like(tensor, -9 if tensor.is_floating_point() else 7)), -1)[..., 0]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -184,11 +184,10 @@ def test_arguments_may_be_views(backend: str) -> None:
     hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
     for name, rule in rules_for(8, "cpu").items():
         states = [fresh_state(1, batch=3) for _ in range(2)]
-        ops.decode_step_(
-            hidden, HEAD, states[0], torch.tensor([2, 0]), rule, end_ids=torch.tensor([1, 2]), backend=backend
-        )
+        ends, sequences = torch.arange(50), torch.tensor([2, 0])  # every id ends the text
+        ops.decode_step_(hidden, HEAD, states[0], sequences, rule, end_ids=ends, backend=backend)
         rule = replace(rule, bounds=every_other(rule.bounds), weights=every_other(rule.weights))
-        ends, sequences = every_other(torch.tensor([1, 2])), every_other(torch.tensor([2, 0]))
+        ends, sequences = every_other(ends), every_other(sequences)
         shifted = hidden.transpose(0, 1).contiguous().transpose(0, 1)
         ops.decode_step_(shifted, HEAD, states[1], sequences, rule, end_ids=ends, backend=backend)
         for field in STATE:
