@@ -228,6 +228,15 @@ def test_ids_may_be_listed_in_any_order_and_twice(where: tuple[str, str]) -> Non
     compare(stats, truth_of(hidden, head, rows, tuple({*banned}), tuple({*excluded})))
 
 
+def test_a_chosen_id_is_never_likely_where_all_are_excluded(where: tuple[str, str]) -> None:
+    backend, device = where
+    hidden, head = matrices(2, 16, 600, torch.float32, device=device)
+    stats = ops.row_stats(hidden, head, torch.arange(2, device=device), excluded_ids=range(600), backend=backend)
+    assert torch.equal(stats.token, (hidden @ head.T).argmax(1))
+    assert stats.log_odds.tolist() == [-math.inf] * 2
+    assert stats.confidence.tolist() == [0.0] * 2
+
+
 def test_probes(where: tuple[str, str]) -> None:
     backend, device = where
     hidden, head = matrices(5, 64, 700, torch.bfloat16, device=device)

@@ -71,6 +71,16 @@ def test_a_filter_over_other_features_is_refused(tmp_path: Path, monkeypatch: py
         LearnedFilter.from_pretrained(tmp_path)
 
 
+def test_a_filter_of_another_model_is_taken_by_force(tmp_path: Path) -> None:
+    other = made(tiny_model())
+    other.ids["mask_id"] = 7
+    other.save_pretrained(tmp_path)
+    forced, plain = (Learn2PD(LearnedFilter.from_pretrained(tmp_path, force=force)) for force in (True, False))
+    decode(tiny_model(), [[3]], gen_length=8, block_length=8, policy=forced)
+    with pytest.raises(ValueError, match="trained for a model with mask_id 7"):
+        decode(tiny_model(), [[3]], gen_length=8, block_length=8, policy=plain)
+
+
 def test_the_published_pth(tmp_path: Path) -> None:
     torch.save(load_file(PUBLISHED), tmp_path / "filter.pth")
     learned = LearnedFilter.from_pretrained(tmp_path / "filter.pth", force=True)
