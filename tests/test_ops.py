@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -182,14 +183,14 @@ def test_arguments_may_be_views(backend: str) -> None:
     for a, b in zip(plain.fields(), apart.fields(), strict=True):
         assert torch.equal(a, b)
     hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
-    for name, rule in rules_for(8, "cpu").items():
-        states = [fresh_state(1, batch=3) for _ in range(2)]
-        ends, sequences = torch.arange(50), torch.tensor([2, 0])  # every id ends the text
+    shifted, sequences = hidden.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor([2, 0])
+    for seed, (name, rule) in itertools.product(range(6), rules_for(8, "cpu").items()):
+        states = [fresh_state(seed, batch=3) for _ in range(2)]
+        ends = torch.arange(50 if seed % 2 else 2)  # every id ends the text, or few do
         ops.decode_step_(hidden, HEAD, states[0], sequences, rule, end_ids=ends, backend=backend)
         rule = replace(rule, bounds=every_other(rule.bounds), weights=every_other(rule.weights))
-        ends, sequences = every_other(ends), every_other(sequences)
-        shifted = hidden.transpose(0, 1).contiguous().transpose(0, 1)
-        ops.decode_step_(shifted, HEAD, states[1], sequences, rule, end_ids=ends, backend=backend)
+        given = every_other(sequences), rule
+        ops.decode_step_(shifted, HEAD, states[1], *given, end_ids=every_other(ends), backend=backend)
         for field in STATE:
             assert torch.equal(getattr(states[0], field), getattr(states[1], field)), (name, field)
 
