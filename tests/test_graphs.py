@@ -167,12 +167,13 @@ def test_moved_weights_and_grown_buffers_drop_graphs(
     settings: dict[str, Any] = {"end_of_text": "off", "policy": Threshold(0.5)}
     for _ in range(3):
         decode(model, PROMPTS, **BASE, **settings)
-    before = decode(model, PROMPTS, **BASE, **settings).sequences
+    before, captures = decode(model, PROMPTS, **BASE, **settings).sequences, Fake.captures
     model.blocks[0].up_proj.weight = torch.nn.Parameter(-model.blocks[0].up_proj.weight, requires_grad=False)
     want = expected(model, PROMPTS, monkeypatch, **settings)
     after = decode(model, PROMPTS, **BASE, **settings).sequences
     assert torch.equal(after, want.sequences)
     assert not torch.equal(after, before)
+    assert Fake.captures > captures, "a graph of weights that are gone was replayed"
     engine = Engine.kept(model)
     assert engine._buffers is not None
     assert engine._buffers.graphs

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
 
 from dllm_engine import decode
-from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, Prophet, TokenEditing
+from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, FreeDave, Prophet, TokenEditing
 from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState
@@ -48,6 +48,7 @@ def test_editing_takes_what_is_surer_than_the_threshold_and_no_token_twice() -> 
     assert policy.edit(back, edited).tolist() == [[False, True, True, False, False]]  # 5 was replaced in the first
     assert not policy.edit(said(block, [-1] * 5, [9.0] * 5), edited).any()  # no token
     assert not policy.edit(back, replace(edited, active=torch.zeros(1, 5, dtype=torch.bool))).any()
+    assert not policy.edit(back, edited)[0, 0]  # nor does it come back later
     begins = replace(edited, step_in_block=torch.tensor([0]))  # of another prompt, perhaps, in the same row
     assert policy.edit(back, begins).tolist() == [[True, True, True, False, False]]
 
@@ -115,3 +116,16 @@ def test_cad_holds_no_end_back_when_just_enough_is_decided() -> None:
         block = make_block([[1, 1]], [left])  # of 24
         stats = make_stats(block, token=[[1, 5]], log_odds=odds_of(0.99, 0.96))  # an end id and another
         assert committed(CAD(eos_ratio=ratio), stats, block) == [[1] if held else [0, 1]]
+
+
+def test_drafts_fill_in_what_is_surest() -> None:
+    block = make_block([[1, 1, 0, 1, 1]], [4])
+    block = replace(
+        block, tokens=torch.tensor([[99, 99, 5, 99, 99]]), predicted=torch.tensor([[10, 11, 12, 13, -1]]),
+        quota=torch.tensor([2]),
+    )  # fmt: skip
+    policy = begun(FreeDave(3), block)
+    policy.score(said(block, [9] * 5, [1.0, 3.0, 9.0, 2.0, 4.0]), block)
+    tokens, undecided = policy.propose(block)  # the surest one was never predicted before: it stays open
+    assert tokens.tolist() == [[[99, 99, 5, 99, 99], [99, 11, 5, 99, 99], [10, 11, 5, 13, 99]]]
+    assert undecided.int().tolist() == [[[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 1]]]
