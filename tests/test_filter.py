@@ -184,6 +184,13 @@ def test_what_decided_and_ended_positions_feed_the_filter(convention: str, expec
         assert (above.item(), below.item()) == (False, True)
 
 
+@pytest.mark.parametrize("kind", ["block", "position"])
+def test_kernels_take_filters_of_up_to_128_units(kind: str) -> None:
+    for units in (128, 129):
+        policy = Learn2PD(LearnedFilter(units, kind=kind, hidden=units))
+        assert (as_rule(policy, 32, torch.device("cpu")) is None) == (units > 128)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("kind", ["block", "position"])
 def test_even_odds_are_not_above_one_half(kind: str, backend: str) -> None:

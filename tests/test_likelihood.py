@@ -99,6 +99,15 @@ def test_a_request_gets_what_it_gets_alone(model: LLaDA) -> None:
     assert list(log_likelihood(model, [], [])) == []
 
 
+def test_masks_depend_on_all_ids_of_a_request(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, masks = [], likelihood.masks
+    monkeypatch.setattr(likelihood, "masks", lambda *given: drawn.append(masks(*given)) or drawn[-1])
+    target = list(range(20))
+    list(log_likelihood(model, [[4], [5], [4], [4]], [target, target, target, target[::-1]], samples=3))
+    assert drawn[0] == drawn[2]
+    assert drawn[0] not in (drawn[1], drawn[3])
+
+
 def test_only_masked_rows_meet_the_head(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     row_stats = ops.row_stats

@@ -123,6 +123,8 @@ def test_noise_depends_on_its_keys_alone(tile: int) -> None:
             expected = -math.log(-math.log1p(-naive.uniform(seed, position, step, v // 4, 0, v % 4)))
             assert row[v] == pytest.approx(expected, rel=1e-5, abs=1e-5)
     drawn = noise.uniform_scores(torch.cartesian_prod(torch.arange(40), torch.arange(50), torch.arange(3)))
+    ends = noise._uniform(torch.tensor([0, 2**32 - 1]))  # of words: their logarithms are finite
+    assert 0 < float(ends[0]) < float(ends[1]) < 1
     assert 0 < float(drawn.min()) < 0.001
     assert 0.999 < float(drawn.max()) < 1
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.02)
@@ -206,6 +208,13 @@ def test_commit_takes_the_best_and_the_selected() -> None:
     step(state, [[7] * 4] * 2, [[9.0] * 4] * 2, [[True] * 4] * 2)
     assert state.tokens[:, 2:6].tolist() == [[10, 11, 0, 7], [20, 0, 7, 7]]
     assert state.progress[:, :4].tolist() == [[6, 10, 0, 10], [6, 10, 0, 10]]  # both go on to the next block
+
+
+def test_an_impossible_position_still_ranks_before_decided_ones() -> None:
+    state = make_state()
+    state.undecided[:, 2:4] = False
+    step(state, [[7] * 4] * 2, [[9.0, 9.0, -math.inf, -math.inf], [9.0, 9.0, -math.inf, -1e38]])
+    assert state.undecided[:, 2:6].tolist() == [[False, False, False, True], [False, False, True, False]]
 
 
 @pytest.mark.parametrize(

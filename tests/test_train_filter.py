@@ -245,6 +245,8 @@ def test_figures_at_their_bounds() -> None:
     found = train_filter.figures(torch.tensor([0.5, 1.0]), torch.tensor([True, True]), 0.5)
     assert (found.committed, found.found) == (0.5, 0.5)  # above the threshold, not at it
     assert found.calibration == [(0.5, 1.0, 1), (1.0, 1.0, 1)]
+    certain = train_filter.figures(torch.tensor([1.0, 0.0]), torch.tensor([False, True]), 0.5)
+    assert certain.loss == pytest.approx(-np.log(1e-7), abs=0.2)  # not infinite, nor what torch clamps at
     for risk, enough in ((0.0105, True), (0.0104, False)):  # 96 rows, or one more
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
