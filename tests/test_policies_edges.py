@@ -12,7 +12,7 @@ from conftest import tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
 
 from dllm_engine import decode
-from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, FreeDave, Prophet, TokenEditing
+from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, FreeDave, Oracle, Prophet, TokenEditing
 from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState
@@ -129,3 +129,11 @@ def test_drafts_fill_in_what_is_surest() -> None:
     tokens, undecided = policy.propose(block)  # the surest one was never predicted before: it stays open
     assert tokens.tolist() == [[[99, 99, 5, 99, 99], [99, 11, 5, 99, 99], [10, 11, 5, 13, 99]]]
     assert undecided.int().tolist() == [[[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 1]]]
+
+
+def test_the_oracle_writes_a_token_that_is_not_predicted_only_where_none_is_right() -> None:
+    block = make_block([[1, 1, 1]], [3])
+    answer = torch.full((1, 24), 9)
+    answer[0, 0] = 3
+    for tokens, expected in (([3, 4, 5], [0]), ([4, 4, 5], [1])):
+        assert committed(Oracle(answer), said(block, tokens, [0.0, 5.0, 1.0]), block) == [expected]
