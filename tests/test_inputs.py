@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_model
 
 from dllm_engine import LLaDA, decode
+from dllm_engine.inputs import seeds_of
 from dllm_engine.policies import Factor, Learn2PD, Threshold
 
 
@@ -94,6 +95,13 @@ def test_error(model: LLaDA, arguments: dict[str, Any], error: type[Exception], 
     given = {"input_ids": [[4, 5]], "gen_length": 32, "block_length": 8} | arguments
     with pytest.raises(error, match=message):
         decode(model, given.pop("input_ids"), **given)
+
+
+def test_the_seed_of_a_later_prompt_has_a_limit_too() -> None:
+    of = seeds_of(2**63 - 2)
+    assert [of(0), of(1)] == [2**63 - 2, 2**63 - 1]
+    with pytest.raises(ValueError, match="seed: 9223372036854775808 given"):
+        of(2)
 
 
 def test_padding_that_all_prompts_have_takes_no_room() -> None:

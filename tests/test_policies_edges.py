@@ -137,3 +137,9 @@ def test_the_oracle_writes_a_token_that_is_not_predicted_only_where_none_is_righ
     answer[0, 0] = 3
     for tokens, expected in (([3, 4, 5], [0]), ([4, 4, 5], [1])):
         assert committed(Oracle(answer), said(block, tokens, [0.0, 5.0, 1.0]), block) == [expected]
+
+
+def test_cad_counts_entropies_at_the_bound() -> None:
+    block = make_block([[1, 1, 1]], [3])
+    stats = make_stats(block, token=5, entropy=[[0.5, 0.5, 0.75]])
+    assert committed(CAD(max_entropy=0.5), stats, block) == [[0, 1]]
