@@ -138,8 +138,13 @@ def test_no_kernel_decides_for_a_rule_with_a_hook() -> None:
         def reach(self, block_length: int, gen_length: int) -> int:
             return 2 * block_length
 
-    rules = [policies.as_rule(rule, 8, torch.device("cpu")) for rule in (Threshold(), Repairs(), Wide(), FreeDave())]
-    assert [rule is None for rule in rules] == [False, True, True, True]
+    class Writes(Threshold):
+        def tokens(self, stats: RowStats, state: Any) -> Tensor:
+            return stats.second_token
+
+    given = Threshold(), Repairs(), Wide(), Writes(), FreeDave()
+    rules = [policies.as_rule(rule, 8, torch.device("cpu")) for rule in given]
+    assert [rule is None for rule in rules] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["credit", "editing", "freedave"])
