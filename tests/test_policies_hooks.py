@@ -147,6 +147,24 @@ def test_no_kernel_decides_for_a_rule_with_a_hook() -> None:
     assert [rule is None for rule in rules] == [False, True, True, True, True]
 
 
+def test_a_reach_is_a_block_at_least_and_the_text_at_most() -> None:
+    class Reaching(Threshold):
+        def __init__(self, columns: int) -> None:
+            super().__init__(0.5)
+            self.columns = columns
+
+        def reach(self, block_length: int, gen_length: int) -> int:
+            return self.columns
+
+    model = random_model()
+    for far, as_far in ((1, 8), (10**6, 24)):
+        one, other = (
+            decode(model, PROMPTS, policy=Reaching(columns), gen_length=24, block_length=8).sequences
+            for columns in (far, as_far)
+        )
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", ["credit", "editing", "freedave"])
 def test_greedy_rules_take_no_temperature(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()

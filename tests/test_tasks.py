@@ -86,6 +86,7 @@ def test_bounds_are_reached() -> None:
     assert {about["index"] for about in lists} == {0, 1, 2, 3}, "a place before each of three people and behind them"
     sums = [tasks.generate("worded_sums", rng, steps=4, largest=2, multiply=True) for _ in range(50)]
     assert ("*", 1, 2, 2) in [step for sample in sums for step in sample.about["steps"]]
+    assert not any(sign == "*" and k < 2 for sample in sums for sign, _, k, _ in sample.about["steps"])
 
 
 @pytest.mark.parametrize("task", tasks.names())
