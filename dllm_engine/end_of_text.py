@@ -47,7 +47,7 @@ def predict_end_(
     cut = torch.maximum(last_word + 1, first)
     state.active_end[sequences] = torch.minimum(end, cut + 1)
     every = torch.arange(state.length, device=first.device)
-    beyond = (every >= torch.minimum(end, cut)[:, None]) & (every >= state.prompt_length)
+    beyond = every >= torch.minimum(end, cut)[:, None]
     state.tokens[sequences] = torch.where(beyond, state.fill_id, state.tokens[sequences])
     state.undecided[sequences] &= ~beyond
     state.left[sequences] = state.undecided[sequences].sum(1)

@@ -319,11 +319,15 @@ def test_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "has 7.5" in (block_attention_available(cuda, torch.float16, 64) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert block_attention_available(cuda, torch.float16, 64) is None
+    for dim in (8, 16, 256, 512):
+        reason = block_attention_available(cuda, torch.float16, dim)
+        assert (reason is None) == (dim in (16, 256)), reason
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.1.0+git")
     assert "this is 3.1.0" in (block_attention_available(cuda, torch.float16, 64) or "")
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert block_attention_available(cuda, torch.float16, 64) is None
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert block_attention_available(cpu, torch.bfloat16, 128) is None

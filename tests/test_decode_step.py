@@ -187,6 +187,18 @@ def test_broken_rows_say_so_and_spare_the_others(where: tuple[str, str], broken:
         assert [f[r].tolist() for f in stats.fields()] == [f[r].tolist() for f in whole.fields()]
 
 
+def test_kernels_guard_against_rows_that_there_are_not(where: tuple[str, str]) -> None:
+    """On a GPU nobody looks at the values of rows before the launch."""
+    backend, device = where
+    if backend not in ("triton", "cuda"):
+        pytest.skip("values on a CPU are checked before")
+    hidden, head = matrices(4, 64, 700, torch.bfloat16, device=device)
+    rows = torch.tensor([3, 4, 0, -1, 2**31 - 1], device=device)
+    tokens = ops.row_stats(hidden, head, rows, backend=backend, values_known=True).token.tolist()
+    best = truth_of(hidden, head, torch.tensor([3, 0], device=device))["token"].tolist()
+    assert tokens == [best[0], -1, best[1], -1, -1]
+
+
 def test_minus_infinity_is_an_impossible_id(where: tuple[str, str]) -> None:
     backend, device = where
     hidden = torch.ones(2, 8, dtype=torch.bfloat16, device=device)
@@ -215,6 +227,45 @@ def test_strides_offsets_and_repeated_rows(where: tuple[str, str]) -> None:
     copied = ops.row_stats(hidden.contiguous(), head.contiguous(), rows, backend=backend)
     for a, b in zip(stats.fields(), copied.fields(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_ids_may_be_listed_in_any_order_and_twice(where: tuple[str, str]) -> None:
+    backend, device = where
+    assert ops.id_tensor([40, 7, 40, 0], torch.device(device)).tolist() == [0, 7, 40]  # as kernels bisect it
+    hidden, head = matrices(4, 64, 700, torch.float32, device=device)
+    rows = torch.arange(4, device=device)
+    best = truth_of(hidden, head, rows)["token"].tolist()
+    banned, excluded = [699, *best, 3, *best], [650, best[0], 1, 1]
+    stats = ops.row_stats(hidden, head, rows, banned_ids=banned, excluded_ids=excluded, backend=backend)
+    compare(stats, truth_of(hidden, head, rows, tuple({*banned}), tuple({*excluded})))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_many_neighbours_may_be_banned(where: tuple[str, str], temperature: float) -> None:
+    """Whole tiles without an allowed id, as behind a vocabulary: they stay in the normaliser."""
+    backend, device = where
+    hidden, head = matrices(3, 32, 800, torch.float32, device=device)
+    rows, keys, banned = torch.arange(3, device=device), torch.arange(9, device=device).view(3, 3), (*range(60, 750),)
+    expected = truth_of(hidden, head, rows, banned)
+    stats = ops.row_stats(hidden, head, rows, banned_ids=banned, backend=backend)
+    compare(stats, expected)
+    drawn = ops.row_stats(
+        hidden, head, rows, banned_ids=banned, backend=backend, temperature=temperature, noise_keys=keys
+    )
+    for name in ("logsumexp", "entropy"):
+        np.testing.assert_allclose(getattr(drawn, name).cpu().numpy(), expected[name], atol=1e-4)
+    chosen = np.take_along_axis(expected["logits"], drawn.token.cpu().numpy()[:, None], 1)[:, 0]
+    others = np.log(np.exp(expected["logsumexp"]) - np.exp(chosen))
+    np.testing.assert_allclose(drawn.log_odds.cpu().numpy(), chosen - others, atol=1e-4)
+
+
+def test_a_chosen_id_is_never_likely_where_all_are_excluded(where: tuple[str, str]) -> None:
+    backend, device = where
+    hidden, head = matrices(2, 16, 600, torch.float32, device=device)
+    stats = ops.row_stats(hidden, head, torch.arange(2, device=device), excluded_ids=range(600), backend=backend)
+    assert torch.equal(stats.token, (hidden @ head.T).argmax(1))
+    assert stats.log_odds.tolist() == [-math.inf] * 2
+    assert stats.confidence.tolist() == [0.0] * 2
 
 
 def test_probes(where: tuple[str, str]) -> None:
@@ -540,6 +591,9 @@ def test_a_failed_row_is_reported_and_not_committed(where: tuple[str, str]) -> N
     assert state.progress[:, 3].tolist() == [state.length, start]
     assert state.undecided[1, start].item() is True
     assert state.tokens[1, start].item() == 63
+    rest, only = hidden[1:].nan_to_num(), torch.tensor([1], device=device)
+    ops.decode_step_(rest, head, state, only, rules_for(8, device)["topk"], backend=backend)
+    assert state.progress[1, 3].item() == start, "a later step forgot the failure"
 
 
 # -- properties -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
+import torch
 from naive import log_sum_exp, logits_of
+from test_reference import make_state
 
-from dllm_engine import LLaDA, decode, tasks
+from dllm_engine import LLaDA, decode, end_of_text, tasks
 from dllm_engine.policies import Threshold
 from dllm_engine.tokenizer import encode_prompt
 
@@ -94,3 +97,23 @@ def test_a_cut_saves_passes_also_guided_or_drawn(demo_model: LLaDA) -> None:
                 for ids, count in zip(out.sequences[:, -64:].tolist(), out.generated_tokens.tolist(), strict=True):
                     assert ids[count:] == [END] * (64 - count)
         assert passes["predicted"] < passes["committed"] < passes["off"]
+
+
+def test_a_cut_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states are logits. The second sequence is a block further on: its last rows lie behind the canvas."""
+    monkeypatch.setattr(end_of_text, "CONFIDENCE", 0.5)  # which equal logits of two ids have
+    state = make_state(gen_length=8, block_length=2, batch=3)  # columns 2 to 9
+    state.undecided[1, 2:4] = False
+    end, even, text = [5.0, 0.0], [0.0, 0.0], [0.0, 5.0]
+    logits = torch.tensor([[end, text, even, end, end, even], [text, end, end, even, text, text], [end] * 6])
+    first, ids = torch.tensor([4, 6, 4]), torch.tensor([0])
+    end_of_text.predict_end_(state, torch.arange(3), first, logits, torch.eye(2), ids, {"backend": "eager"})
+    assert state.active_end.tolist() == [7, 8, 5]
+    assert state.tokens.tolist() == [
+        [50, 51, 99, 99, 99, 99, 1, 1, 1, 1],
+        [50, 51, 99, 99, 99, 99, 99, 1, 1, 1],
+        [50, 51, 99, 99, 1, 1, 1, 1, 1, 1],
+    ]
+    open_ = [[i for i, u in enumerate(row) if u] for row in state.undecided.tolist()]
+    assert open_ == [[2, 3, 4, 5], [4, 5, 6], [2, 3]]
+    assert state.left.tolist() == [4, 3, 2]

@@ -245,6 +245,11 @@ def test_a_call_beyond_the_engine_is_refused(model: LLaDA) -> None:
         engine.decode([[4]] * 3, **SHORT)
     with pytest.raises(ValueError, match="1 sequences of 21 columns given"):
         engine.decode([[4] * 5], **SHORT)
+    with Engine(tiny_model(max_sequence_length=20), max_batch=1, max_length=99) as larger:
+        (fits,) = larger.generate_many([[4] * 4], **SHORT)
+        assert len(fits.sequence) == 20
+        with pytest.raises(ValueError, match="prompt 0 has 5 tokens; 4 fit"):
+            list(larger.generate_many([[4] * 5], **SHORT))
     for name, value, error in (("gen_length", 20, "gen_length: 20 given; max_length 20 leaves no room"),):
         with pytest.raises(ValueError, match=error):
             engine.generate_many([[4]], block_length=4, **{name: value})
@@ -420,6 +425,7 @@ def test_rows_join_calls_together(model: LLaDA, monkeypatch: pytest.MonkeyPatch)
     [
         ([5] * 25, ValueError, "prompts: prompt 4 has 25 tokens; 24 fit the engine's max_length"),
         ([], ValueError, "prompts: prompt 4 is empty"),
+        ([3, True], TypeError, "prompts: prompt 4 holds something other than ints"),
         (["a"], TypeError, "prompts: prompt 4 holds something other than ints"),
         ("text", TypeError, "prompts: prompt 4 is a str"),
         (None, TypeError, "prompts: prompt 4 is a NoneType"),

@@ -96,6 +96,13 @@ def test_rows_are_what_decode_gives_each_prompt_alone(demo_model: LLaDA) -> None
         assert row.seconds > 0
 
 
+def test_seeds_count_samples_not_batches(demo_model: LLaDA) -> None:
+    setting = Setting("random", gen_length=32)
+    two, five = (timeless(evaluate.run(demo_model, fresh(5), setting, batch_size=n)) for n in (2, 5))
+    assert two == five
+    assert timeless(evaluate.run(demo_model, fresh(5), setting, seed=1)) != five
+
+
 def test_summary() -> None:
     rows = [
         Row(0, "copy", True, 4, 10, "", 0.5),
@@ -145,6 +152,9 @@ def test_paired_loss_with_few_discordant_pairs_is_exact() -> None:
     assert won == (pytest.approx(-0.01), pytest.approx(1 - 0.05**0.01))  # one prompt won promises no gain
     assert evaluate.paired_loss([True] * 3, [False] * 3) == (1.0, 1.0)
     assert evaluate.paired_loss([True] * 30, [False] * 30) == (1.0, 1.0)
+    # ten pairs are enough for the normal approximation: mean 0.1, variance (10 − 100 · 0.01) / 99
+    _, upper = evaluate.paired_loss(same, [False] * 10 + same[10:])
+    assert upper == pytest.approx(0.1 + 1.645 * math.sqrt(9 / 99 / 100), abs=1e-9)
     with pytest.raises(ValueError, match="right: 0 outcomes given"):
         evaluate.paired_loss([], [])
     with pytest.raises(ValueError, match=r"as many as baseline_right \(2\)"):
@@ -161,6 +171,10 @@ def test_settings_take_turns(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch)
     slow, fast = ("topk", 3), ("threshold", 3)
     assert calls.made == [slow, slow, fast, fast, ("topk", 2), ("threshold", 2)]  # the first of each is the warm-up
     assert seen == [TOPK, FAST, TOPK, FAST]
+    for wrong in (replace(FAST, cache="dul"), replace(FAST, end_of_text="no"), replace(FAST, gen_length=33)):
+        with pytest.raises(ValueError, match="given"):
+            evaluate.run_all(demo_model, fresh(2), [TOPK, wrong], on_turn=seen.append)
+    assert len(seen) == 4, "a bad setting was found after the first turn"
     assert timeless(rows[1]) == timeless(evaluate.run(demo_model, fresh(5), FAST))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from test_decode_step import random_filter
 from test_weights import save
 from torch import Tensor
 
-from dllm_engine import LearnedFilter, LLaDA, decode
+from dllm_engine import LearnedFilter, LLaDA, decode, features
 from dllm_engine.filter import model_ids
 from dllm_engine.policies import Learn2PD, as_rule
 from dllm_engine.reference import RowStats
@@ -46,11 +49,36 @@ def test_round_trip(tmp_path: Path, target: str) -> None:
     first.save_pretrained(tmp_path / target)
     second = LearnedFilter.from_pretrained(tmp_path / target)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert (Learn2PD(first).reads_decided, Learn2PD(made(model)).reads_decided) == (False, True)
+    assert not Learn2PD(made(model, kind="position")).reads_decided
     for name in ("block_length", "threshold", "confidence_of_decided", "cache", "ids"):
         assert getattr(first, name) == getattr(second, name)
     assert Learn2PD(second).threshold == 0.8
     assert Learn2PD(second, 0.5).threshold == 0.5
     assert Learn2PD(str(tmp_path / target)).threshold == 0.8
+
+
+def test_files_are_float32_and_a_threshold_may_be_zero(tmp_path: Path) -> None:
+    made(tiny_model(), threshold=0.0).bfloat16().save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "filter.safetensors").values()} == {torch.float32}
+    assert Learn2PD(str(tmp_path)).threshold == 0.0
+
+
+def test_a_filter_over_other_features_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tiny_model(), kind="position").save_pretrained(tmp_path)
+    monkeypatch.setattr(features, "NAMES", ("other", *features.NAMES[1:]))
+    with pytest.raises(ValueError, match="was trained on other features than this version computes"):
+        LearnedFilter.from_pretrained(tmp_path)
+
+
+def test_a_filter_of_another_model_is_taken_by_force(tmp_path: Path) -> None:
+    other = made(tiny_model())
+    other.ids["mask_id"] = 7
+    other.save_pretrained(tmp_path)
+    forced, plain = (Learn2PD(LearnedFilter.from_pretrained(tmp_path, force=force)) for force in (True, False))
+    decode(tiny_model(), [[3]], gen_length=8, block_length=8, policy=forced)
+    with pytest.raises(ValueError, match="trained for a model with mask_id 7"):
+        decode(tiny_model(), [[3]], gen_length=8, block_length=8, policy=plain)
 
 
 def test_the_published_pth(tmp_path: Path) -> None:
@@ -112,6 +140,10 @@ def test_decode_checks_the_filter_first() -> None:
     decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(other))
     with pytest.warns(UserWarning, match="trained on cache 'none' traces, decoding with 'dual'"):
         decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(made(model, cache="none")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for cache in ("dual", None):  # as here, or unknown
+            decode(model, [[3]], gen_length=8, block_length=8, policy=Learn2PD(made(model, cache=cache)))
     with pytest.raises(ValueError, match="threshold: 1.5 given"):
         Learn2PD(learned, 1.5)
 
@@ -122,6 +154,10 @@ def test_auto_takes_the_filter_that_the_model_ships(tmp_path: Path) -> None:
     made(model, threshold=0.7).save_pretrained(directory)
     assert isinstance(decode(model, [[3]], gen_length=8, block_length=8).settings["policy"], Learn2PD)
     decode(model, [[3]], gen_length=8, block_length=8, policy="learn2pd")
+    made(model, threshold=0.6).save_pretrained(directory)  # trained anew while the model is loaded
+    os.utime(directory / "filter.safetensors", ns=(1, 1))
+    policy = decode(model, [[3]], gen_length=8, block_length=8).settings["policy"]
+    assert policy.threshold == 0.6
     with pytest.warns(UserWarning, match="the model's own filter does not fit, using Threshold"):
         out = decode(model, [[3]], gen_length=16, block_length=16)
     assert repr(out.settings["policy"]) == "Threshold(threshold=0.9)"
@@ -146,6 +182,26 @@ def test_what_decided_and_ended_positions_feed_the_filter(convention: str, expec
             learned.linear2.bias.copy_(torch.tensor([-value, 0, 0, 0]))
         above, below = (Learn2PD(learned, 0.5 + shift).select(stats, block)[0, 0] for shift in (1e-6, -1e-6))
         assert (above.item(), below.item()) == (False, True)
+
+
+@pytest.mark.parametrize("kind", ["block", "position"])
+def test_kernels_take_filters_of_up_to_128_units(kind: str) -> None:
+    for units in (128, 129):
+        policy = Learn2PD(LearnedFilter(units, kind=kind, hidden=units))
+        assert (as_rule(policy, 32, torch.device("cpu")) is None) == (units > 128)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("kind", ["block", "position"])
+def test_even_odds_are_not_above_one_half(kind: str, backend: str) -> None:
+    learned = LearnedFilter(8, kind=kind)
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter.zero_()
+    for threshold, passes in ((0.5, 8), (0.499, 1)):
+        policy = Learn2PD(learned, threshold)
+        settings: dict[str, Any] = {"gen_length": 8, "block_length": 8, "end_of_text": "off", "backend": backend}
+        assert decode(tiny_model(), [[3]], policy=policy, **settings).forward_passes == passes
 
 
 class Unfused(Learn2PD):

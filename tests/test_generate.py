@@ -116,11 +116,34 @@ def test_a_transformers_module_shares_its_tensors(model: LLaDA) -> None:
     assert torch.equal(dllm.generate(module, prompt, steps=8, gen_length=8, block_length=8), expected)
     first = decode(module, PROMPTS, gen_length=16, block_length=8, policy="threshold").sequences
     assert torch.equal(first, decode(model, PROMPTS, gen_length=16, block_length=8, policy="threshold").sequences)
-    assert LLaDA.from_transformers(module, vocab_size=40).vocab_size == 40
+    for size in (40, 64):
+        assert LLaDA.from_transformers(module, vocab_size=size).vocab_size == size
     with pytest.raises(ValueError, match="vocab_size: 65 given; 1 to 64"):
         LLaDA.from_transformers(module, vocab_size=65)
     with pytest.raises(ValueError, match="Linear has no transformers config"):
         LLaDA.from_transformers(nn.Linear(2, 2))
+
+
+def test_a_transformers_module_whose_head_is_tied() -> None:
+    from conftest import tiny_config
+
+    tied = tiny_model(weight_tying=True)
+    module = LikeTransformers(tied, tiny_config(weight_tying=True))
+    tied.ff_out = nn.Linear(32, 64, bias=False)
+    tied.ff_out.weight = tied.wte.weight
+    assert LLaDA.from_transformers(module).lm_head.data_ptr() == tied.wte.weight.data_ptr()
+    tied.ff_out.weight = nn.Parameter(tied.wte.weight * 2)
+    with pytest.raises(ValueError, match="no place for, the first: ff_out.weight"):
+        LLaDA.from_transformers(module)
+
+
+def test_a_transformers_module_in_two_dtypes_is_refused() -> None:
+    from conftest import tiny_config
+
+    mixed = tiny_model()
+    mixed.ln_f.weight = nn.Parameter(mixed.ln_f.weight.bfloat16())
+    with pytest.raises(ValueError, match=r"tensors are \['torch.bfloat16', 'torch.float32'\]; one of"):
+        LLaDA.from_transformers(LikeTransformers(mixed, tiny_config()))
 
 
 def test_a_transformers_module_keeps_its_engine_while_its_tensors_stay(model: LLaDA) -> None:

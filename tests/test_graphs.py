@@ -127,6 +127,24 @@ def test_later_decodes_replay_with_their_own_values(
     assert torch.equal(decode(model, shorter, **BASE, **settings).sequences, want.sequences)
 
 
+def waiting() -> Policy:
+    rule = TopK()
+    rule.ends_wait = True
+    return rule
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.7}, {"end_of_text": "off"}, {"policy": waiting()}], ids=str)
+def test_what_is_fixed_in_a_graph_has_graphs_of_its_own(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    plain: dict[str, Any] = {"policy": TopK(), "steps": 16, "end_of_text": "committed", "seed": 3}
+    found = []
+    for given in (plain, plain | changes) * 3:
+        found.append(decode(model, PROMPTS, **BASE, **given).sequences)
+        assert torch.equal(found[-1], expected(model, PROMPTS, monkeypatch, **given).sequences)
+    assert not torch.equal(found[0], found[1]), "both give the same: the test shows nothing"
+
+
 @pytest.mark.parametrize(("block_length", "by_kernel"), [(8, True), (128, True), (160, False)])
 def test_blocks_too_wide_for_the_kernel_of_attention(
     fixed: list[int], monkeypatch: pytest.MonkeyPatch, block_length: int, by_kernel: bool
@@ -153,12 +171,13 @@ def test_moved_weights_and_grown_buffers_drop_graphs(
     settings: dict[str, Any] = {"end_of_text": "off", "policy": Threshold(0.5)}
     for _ in range(3):
         decode(model, PROMPTS, **BASE, **settings)
-    before = decode(model, PROMPTS, **BASE, **settings).sequences
+    before, captures = decode(model, PROMPTS, **BASE, **settings).sequences, Fake.captures
     model.blocks[0].up_proj.weight = torch.nn.Parameter(-model.blocks[0].up_proj.weight, requires_grad=False)
     want = expected(model, PROMPTS, monkeypatch, **settings)
     after = decode(model, PROMPTS, **BASE, **settings).sequences
     assert torch.equal(after, want.sequences)
     assert not torch.equal(after, before)
+    assert Fake.captures > captures, "a graph of weights that are gone was replayed"
     engine = Engine.kept(model)
     assert engine._buffers is not None
     assert engine._buffers.graphs
@@ -224,14 +243,15 @@ def test_only_so_many_graphs_are_kept(model: LLaDA, fixed: list[int], monkeypatc
     assert len(engine._buffers.graphs) == 3
 
 
-def test_a_stream_of_prompts(model: LLaDA, fixed: list[int]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_stream_of_prompts(model: LLaDA, fixed: list[int], backend: str) -> None:
     """Rows that begin a block while others are inside one, and free rows: the idle row changes nothing."""
     generator = torch.Generator().manual_seed(1)
     prompts = [
         torch.randint(2, 55, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator).tolist()
-        for _ in range(24)
+        for _ in range(24 if backend == "cpu" else 9)
     ]
-    settings: dict[str, Any] = BASE | {"policy": Threshold(0.5)}
+    settings: dict[str, Any] = BASE | {"policy": Threshold(0.5), "backend": backend}
     with Engine(model, max_batch=6, max_length=48) as engine:
         many = {r.index: r for r in engine.generate_many(prompts, **settings)}
     assert {1, 2, 4, 6} >= set(fixed)

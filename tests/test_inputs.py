@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 
 from dllm_engine import LLaDA, decode
+from dllm_engine.inputs import seeds_of
 from dllm_engine.policies import Factor, Learn2PD, Threshold
 
 
@@ -49,6 +50,7 @@ def model() -> LLaDA:
         ({"cfg_scale": 1e300}, ValueError, r"cfg_scale: 1e\+300 given"),
         ({"cfg_scale": float("inf")}, ValueError, "cfg_scale: inf given"),
         ({"seed": -1}, ValueError, "seed: -1 given; seeds .* 0 to 2"),
+        ({"seed": 2**63}, ValueError, "seed: 9223372036854775808 given; seeds .* 0 to 2"),
         ({"seed": [1, 2, 3]}, ValueError, "seed: 3 seeds given for a batch of 1"),
         ({"seed": [True]}, TypeError, r"seed: \[True\] given; an int"),
         ({"seed": "x"}, TypeError, "seed: 'x' given; an int, a list of ints or None"),
@@ -56,6 +58,7 @@ def model() -> LLaDA:
         ({"input_ids": [[]]}, ValueError, "input_ids: prompt 0 is empty"),
         ({"input_ids": [[1], []]}, ValueError, "input_ids: prompt 1 is empty"),
         ({"input_ids": [["a"]]}, TypeError, "input_ids: prompt 0 holds something other than ints"),
+        ({"input_ids": [[3, True]]}, TypeError, "input_ids: prompt 0 holds something other than ints"),
         ({"input_ids": "hello"}, TypeError, "input_ids: str given; a LongTensor"),
         ({"input_ids": [1, 2]}, TypeError, "input_ids: list given; a LongTensor"),
         ({"input_ids": [[2**70]]}, ValueError, "input_ids: an id does not fit 64 bits"),
@@ -97,6 +100,26 @@ def test_error(model: LLaDA, arguments: dict[str, Any], error: type[Exception], 
     given = {"input_ids": [[4, 5]], "gen_length": 32, "block_length": 8} | arguments
     with pytest.raises(error, match=message):
         decode(model, given.pop("input_ids"), **given)
+
+
+def test_the_seed_of_a_later_prompt_has_a_limit_too() -> None:
+    of = seeds_of(2**63 - 2)
+    assert [of(0), of(1)] == [2**63 - 2, 2**63 - 1]
+    with pytest.raises(ValueError, match="seed: 9223372036854775808 given"):
+        of(2)
+
+
+def test_padding_that_all_prompts_have_takes_no_room() -> None:
+    model = tiny_model(max_sequence_length=20)
+    ids = torch.tensor([[0] * 9 + [4, 5, 6], [0] * 8 + [7, 4, 5, 6]])
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8}
+    out = decode(model, ids, attention_mask=(ids > 0).long(), **settings)
+    assert (
+        out.sequences[:, -16:].tolist()
+        == decode(model, [[4, 5, 6], [7, 4, 5, 6]], **settings).sequences[:, -16:].tolist()
+    )
+    with pytest.raises(ValueError, match="a prompt of 5 tokens \\+ 16 exceeds"):
+        decode(model, [[4] * 5, [4]], **settings)
 
 
 def test_rules_check_their_own_numbers() -> None:

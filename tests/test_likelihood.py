@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from dllm_engine import LLaDA, likelihood, ops
+from dllm_engine import LLaDA, decode, likelihood, ops
 from dllm_engine.likelihood import greedy_matches, log_likelihood
 
 CONTEXT = [7, 3, 59, 41]  # it holds the mask id
@@ -99,6 +99,15 @@ def test_a_request_gets_what_it_gets_alone(model: LLaDA) -> None:
     assert list(log_likelihood(model, [], [])) == []
 
 
+def test_masks_depend_on_all_ids_of_a_request(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, masks = [], likelihood.masks
+    monkeypatch.setattr(likelihood, "masks", lambda *given: drawn.append(masks(*given)) or drawn[-1])
+    target = list(range(20))
+    list(log_likelihood(model, [[4], [5], [4], [4]], [target, target, target, target[::-1]], samples=3))
+    assert drawn[0] == drawn[2]
+    assert drawn[0] not in (drawn[1], drawn[3])
+
+
 def test_only_masked_rows_meet_the_head(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     row_stats = ops.row_stats
@@ -127,6 +136,17 @@ def test_greedy_is_the_most_confident_token_a_step(model: LLaDA, cfg_scale: floa
         assert found == [True, True, False, True, True]
 
 
+def test_targets_that_just_fit_and_settings_beside_the_model() -> None:
+    model = tiny_model(seed=3, max_sequence_length=8)
+    model.generation_defaults = {"steps": 1, "temperature": 3.0, "cfg_scale": 2.0, "cache": "dual", "policy": "random"}
+    target = decode(model, [CONTEXT], gen_length=4, block_length=4, steps=4, policy="topk", cache="none",
+                    temperature=0.0, cfg_scale=0.0, end_of_text="off").sequences[0, 4:].tolist()  # fmt: skip
+    assert greedy_matches(model, [CONTEXT], [target]) == [True]
+    assert math.isfinite(estimate(model, target))
+    with pytest.raises(ValueError, match=r"4 \+ 5 tokens given in request 0"):
+        log_likelihood(model, [CONTEXT], [[*target, 5]])
+
+
 @pytest.mark.parametrize(
     ("target", "options", "message"),
     [
@@ -138,6 +158,7 @@ def test_greedy_is_the_most_confident_token_a_step(model: LLaDA, cfg_scale: floa
         ([3], {"batch_size": 0}, "batch_size: 0 given"),
         ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; a finite number ≥ 0"),
         ([3], {"cfg_scale": math.inf}, "cfg_scale: inf given; a finite number ≥ 0"),
+        ([3], {"cfg_scale": math.nan}, "cfg_scale: nan given"),
     ],
 )
 def test_errors_come_before_the_first_call(

@@ -356,7 +356,8 @@ def test_choices_are_a_distribution() -> None:
     assert value == pytest.approx(expected.value, rel=1e-5)
 
 
-def test_whole_texts_are_the_sum_of_their_windows() -> None:
+def test_whole_texts_are_the_sum_of_their_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "greedy_matches", None)  # nobody asks whether a window is what decoding gives
     lm = DLLMEngine(max_length=12, mc_num=6, seed=3, batch_size=4)
     text = "Alan Wells, Grace Wright, Amy Ford, Alan Wells, Grace Wright, Amy Ford, Alan Wells, Grace Wright"
     ids = lm.tok_encode(text, add_special_tokens=False)

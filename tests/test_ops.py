@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,52 @@ def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], 
             arguments.pop("hidden"), HEAD, state, arguments.pop("sequences"), arguments.pop("rule"), **arguments
         )
     assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
+
+
+@pytest.mark.parametrize(("column", "value"), [(0, -1), (0, 12), (2, -1), (2, 8)])
+def test_a_state_that_points_outside_is_refused(column: int, value: int) -> None:
+    """A block that reaches over the canvas of 19 columns, or a step of it that has no quota."""
+    state = fresh_state(0, batch=2)
+    state.progress[1, column] = value
+    before = [getattr(state, field).clone() for field in STATE]
+    hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
+    with pytest.raises(ValueError, match=f"state.progress: .*{value}.* given"):
+        ops.decode_step_(hidden, HEAD, state, torch.arange(2), rules_for(8, "cpu")["threshold"])
+    assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
+
+
+def every_other(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal, but its elements lie apart."""
+    return torch.stack((tensor, torch.full_like(tensor, -9 if tensor.is_floating_point() else 7)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_arguments_may_be_views(backend: str) -> None:
+    keys, rows, probes = torch.arange(9).view(3, 3), torch.tensor([1, 3, 0]), torch.tensor([[1, 2], [2, 9], [0, 49]])
+    plain, apart = (
+        ops.row_stats(
+            HIDDEN, HEAD, change(rows.to(dtype)), probe_ids=change(probes), noise_keys=change(keys), temperature=0.5,
+            backend=backend,
+        )
+        for change, dtype in ((torch.clone, torch.int64), (every_other, torch.int32))
+    )  # fmt: skip
+    for a, b in zip(plain.fields(), apart.fields(), strict=True):
+        assert torch.equal(a, b)
+    hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
+    shifted, sequences = hidden.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor([2, 0])
+    for seed, (name, rule) in itertools.product(range(6), rules_for(8, "cpu").items()):
+        states = [fresh_state(seed, batch=3) for _ in range(2)]
+        ends = torch.arange(50 if seed % 2 else 2)  # every id ends the text, or few do
+        ops.decode_step_(hidden, HEAD, states[0], sequences, rule, end_ids=ends, backend=backend)
+        rule = replace(rule, bounds=every_other(rule.bounds), weights=every_other(rule.weights))
+        given = every_other(sequences), rule
+        ops.decode_step_(shifted, HEAD, states[1], *given, end_ids=every_other(ends), backend=backend)
+        for field in STATE:
+            assert torch.equal(getattr(states[0], field), getattr(states[1], field)), (name, field)
+
+
+def test_only_the_published_filter_needs_decided_rows() -> None:
+    assert {name for name, rule in rules_for(8, "cpu").items() if rule.reads_decided} == {"learn2pd-model"}
 
 
 def test_scratch_is_at_most_a_megabyte() -> None:

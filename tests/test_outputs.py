@@ -77,6 +77,7 @@ def test_it_is_read_only_and_can_be_copied(out: DecodeOutput) -> None:
         lambda: out.setdefault("logits", 1),
         lambda: out.clear(),
         lambda: out.__delitem__("sequences"),
+        lambda: out.__ior__({"sequences": 1}),
     ):
         with pytest.raises(TypeError, match="read-only"):
             change()

@@ -23,6 +23,7 @@ from dllm_engine.policies import (
     Prophet,
     RunLength,
     Threshold,
+    TopK,
     WeDLM,
 )
 from dllm_engine.reference import RowStats, commit_
@@ -237,7 +238,12 @@ def test_confidences_are_compared_as_float32() -> None:
         rule = Threshold(c).rule(8, torch.device("cpu"))
         assert rule is not None
         assert set(rule.bounds.tolist()) == {least_log_odds(c)}
+    never = TopK().rule(8, torch.device("cpu"))
+    assert never is not None
+    assert set(never.bounds.tolist()) == {least_log_odds(1.0, above=True)} == {math.inf}
     block = make_block([[1, 1]], [2])
+    nothing = make_stats(block, log_odds=-math.inf)  # what `ops.row_stats` says of a chosen id that it excludes
+    assert Threshold(0).select(nothing, block).all()
     entropies = make_stats(block, entropy=[[0.45, float(np.nextafter(np.float32(0.45), np.float32(1)))]])
     assert Entropy(0.45).select(entropies, block).tolist() == [[True, False]]
     assert WeDLM(0.45, 0).select(entropies, block).tolist() == [[False, False]]  # strictly below

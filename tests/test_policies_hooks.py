@@ -13,12 +13,13 @@ from conftest import ending_model, tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
 from torch import Tensor
 
-from dllm_engine import Engine, LLaDA, LLaDAConfig, decode, policies
+from dllm_engine import Engine, LearnedFilter, LLaDA, LLaDAConfig, decode, policies
 from dllm_engine.policies import (
     AdaBlock,
     Credit,
     ExploreExploit,
     FreeDave,
+    Learn2PD,
     Policy,
     Threshold,
     TokenEditing,
@@ -137,8 +138,31 @@ def test_no_kernel_decides_for_a_rule_with_a_hook() -> None:
         def reach(self, block_length: int, gen_length: int) -> int:
             return 2 * block_length
 
-    rules = [policies.as_rule(rule, 8, torch.device("cpu")) for rule in (Threshold(), Repairs(), Wide(), FreeDave())]
-    assert [rule is None for rule in rules] == [False, True, True, True]
+    class Writes(Threshold):
+        def tokens(self, stats: RowStats, state: Any) -> Tensor:
+            return stats.second_token
+
+    given = Threshold(), Repairs(), Wide(), Writes(), FreeDave()
+    rules = [policies.as_rule(rule, 8, torch.device("cpu")) for rule in given]
+    assert [rule is None for rule in rules] == [False, True, True, True, True]
+
+
+def test_a_reach_is_a_block_at_least_and_the_text_at_most() -> None:
+    class Reaching(Threshold):
+        def __init__(self, columns: int) -> None:
+            super().__init__(0.5)
+            self.columns = columns
+
+        def reach(self, block_length: int, gen_length: int) -> int:
+            return self.columns
+
+    model = random_model()
+    for far, as_far in ((1, 8), (10**6, 24)):
+        one, other = (
+            decode(model, PROMPTS, policy=Reaching(columns), gen_length=24, block_length=8).sequences
+            for columns in (far, as_far)
+        )
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["credit", "editing", "freedave"])
@@ -197,6 +221,10 @@ def test_drafts_beyond_a_block_are_refused() -> None:
             decode(model, PROMPTS, policy=FreeDave(drafts), **settings)
         decode(model, PROMPTS, policy=FreeDave(most), **settings)
     decode(model, PROMPTS, gen_length=8, block_length=4, policy="freedave")
+    with pytest.raises(ValueError, match="^drafts: 65 given; 2 to 64 allowed"):
+        decode(model, PROMPTS, policy=FreeDave(65), gen_length=128, block_length=128)
+    with pytest.raises(ValueError, match="this filter takes blocks up to 4"):  # the rule checks itself too
+        decode(model, PROMPTS, policy=FreeDave(4, rule=Learn2PD(LearnedFilter(4))), gen_length=8, block_length=8)
 
 
 # -- editing -----------------------------------------------------------------------------------------------------------

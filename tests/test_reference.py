@@ -123,6 +123,8 @@ def test_noise_depends_on_its_keys_alone(tile: int) -> None:
             expected = -math.log(-math.log1p(-naive.uniform(seed, position, step, v // 4, 0, v % 4)))
             assert row[v] == pytest.approx(expected, rel=1e-5, abs=1e-5)
     drawn = noise.uniform_scores(torch.cartesian_prod(torch.arange(40), torch.arange(50), torch.arange(3)))
+    ends = noise._uniform(torch.tensor([0, 2**32 - 1]))  # of words: their logarithms are finite
+    assert 0 < float(ends[0]) < float(ends[1]) < 1
     assert 0 < float(drawn.min()) < 0.001
     assert 0.999 < float(drawn.max()) < 1
     assert float(drawn.mean()) == pytest.approx(0.5, abs=0.02)
@@ -150,6 +152,22 @@ def test_sampling_reports_the_drawn_id_without_noise(tile: int) -> None:
         others = np.delete(logits[i], token)
         assert float(stats.log_odds[i]) == pytest.approx(logits[i][token] - naive.log_sum_exp(others), abs=1e-4)
     assert differs > 1
+
+
+def test_rows_that_reach_over_the_canvas_are_neither_undecided_nor_active() -> None:
+    state = make_state(gen_length=8, block_length=4)
+    state.block_start[:] = 6
+    state.undecided[:, 2:6] = False
+    block = state.block(torch.arange(2), 7)
+    assert block.undecided.tolist() == [[True] * 4 + [False] * 3] * 2
+    assert block.active.tolist() == [[True] * 4 + [False] * 3] * 2
+    assert len(set(block.columns[0].tolist())) == 7, "two rows name one column"
+    assert not state.undecided[:, block.columns[0, 4:]].any()
+    before, every = state.tokens.clone(), torch.ones(2, 7, dtype=torch.bool)
+    stats = make_stats([[5] * 7] * 2)
+    commit_(state, block, stats, stats.log_odds, every, stats.token, end_ids=None, edited=every)
+    assert torch.equal(state.tokens[:, :6], before[:, :6]), "what lies before the block was edited"
+    assert state.tokens[:, 6:].tolist() == [[5] * 4] * 2
 
 
 # -- commit ---------------------------------------------------------------------------------------------------------
@@ -192,6 +210,13 @@ def test_commit_takes_the_best_and_the_selected() -> None:
     assert state.progress[:, :4].tolist() == [[6, 10, 0, 10], [6, 10, 0, 10]]  # both go on to the next block
 
 
+def test_an_impossible_position_still_ranks_before_decided_ones() -> None:
+    state = make_state()
+    state.undecided[:, 2:4] = False
+    step(state, [[7] * 4] * 2, [[9.0, 9.0, -math.inf, -math.inf], [9.0, 9.0, -math.inf, -1e38]])
+    assert state.undecided[:, 2:6].tolist() == [[False, False, False, True], [False, False, True, False]]
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"), [(2, [4]), (4, [2, 2]), (6, [2, 1, 1]), (8, [1] * 4), (50, [1] * 4), (None, [1] * 4)]
 )
@@ -222,6 +247,34 @@ def test_a_row_without_token_is_reported_and_not_written() -> None:
     step(state, [[10, -1, 12, 13], [20, 21, 22, 23]], [[0.0, 5.0, 6.0, 1.0]] * 2, [[True] * 4] * 2)
     assert state.tokens[0, 2:6].tolist() == [10, 99, 12, 13]
     assert state.failed_at.tolist() == [3, 10]
+    step(state, [[10, 11, 12, -1], [20, 21, -1, 23]], [[0.0] * 4] * 2)
+    assert state.failed_at.tolist() == [3, 8]  # the first column, whichever step it was
     state = make_state()
     step(state, [[5] * 4] * 2, [[0.0, math.nan, 1.0, 1.0], [0.0] * 4])
     assert state.failed_at.tolist() == [3, 10]
+
+
+def test_lengths_of_blocks_are_one_to_what_is_seen() -> None:
+    states = [make_state(), make_state()]
+    for state, lengths in zip(states, ([0, 99], [1, 4]), strict=True):
+        block, stats = state.block(torch.arange(2), 4), make_stats([[5] * 4] * 2)
+        every = torch.ones(2, 4, dtype=torch.bool)
+        commit_(state, block, stats, stats.log_odds, every, stats.token, end_ids=None, lengths=torch.tensor(lengths))
+    assert states[0].tokens[:, 2:6].tolist() == [[5, 99, 99, 99], [5, 5, 5, 5]]
+    assert states[0].block_start.tolist() == [3, 6]
+    for field in ("tokens", "undecided", "progress"):
+        assert torch.equal(getattr(states[0], field), getattr(states[1], field)), field
+
+
+def test_sequences_that_take_no_part_are_left_as_they_are() -> None:
+    state = make_state()
+    fields = ("tokens", "undecided", "predicted", "progress")
+    before = {name: getattr(state, name).clone() for name in fields}
+    block, stats = state.block(torch.arange(2), 4), make_stats([[5, 6, -1, 1]] * 2)
+    commit_(
+        state, block, stats, stats.log_odds, block.undecided, stats.token, end_ids=torch.tensor([1]),
+        only=torch.tensor([True, False]),
+    )  # fmt: skip
+    for name in fields:
+        assert torch.equal(getattr(state, name)[1], before[name][1]), name
+        assert not torch.equal(getattr(state, name)[0], before[name][0]), name

@@ -178,6 +178,11 @@ def test_a_rule_cannot_write_what_is_banned(token: int, draft: bool) -> None:
     assert decode(model, [[4, 5]], policy=rule, gen_length=8, block_length=8).sequences[0, 5] == 33
 
 
+def test_a_failure_in_the_last_column_is_told() -> None:
+    with pytest.raises(RuntimeError, match="sequence 0 at position 5: "):
+        decode(tiny_model(), [[4, 5]], policy=Writes(59), gen_length=4, block_length=4)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_probes_of_ids_that_there_are_not(backend: str) -> None:
     class Probing(Policy):

@@ -166,3 +166,29 @@ def test_rows_inside_a_block_do_not_wait_for_all_new_ones(demo_model: LLaDA) -> 
             found[patience] = {one.index: (one.sequence.tolist(), one.passes) for one in done}
     assert found[2] == found[math.inf]
     assert waits[2] < waits[math.inf]
+
+
+@torch.inference_mode()
+def test_patience_begins_anew_after_each_turn(model: LLaDA) -> None:
+    """One refresh of others is waited for, not two; then a row has its call, and waits again for the next."""
+    given = prompts(5)
+    engine = Engine(model, max_batch=2, max_length=40)
+    with engine.scheduler(options(model, policy="topk", end_of_text="off"), patience=1) as scheduler:
+
+        def calls(count: int) -> list[list[int]]:
+            made = []
+            for _ in range(count):
+                scheduler.step()
+                made.append(sorted(scheduler.joined))
+            return made
+
+        first = scheduler.admit(0, given[0], 0)
+        assert calls(1) == [[first]]
+        other = scheduler.admit(1, given[1], 1)
+        assert calls(1) == [[other]]
+        scheduler.cancel(other)
+        scheduler.admit(2, given[2], 2)
+        assert calls(3) == [[first], [other], sorted([first, other])]
+        scheduler.cancel(other)
+        scheduler.admit(3, given[3], 3)
+        assert calls(1) == [[other]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Served, serving
 
-from dllm_engine import LLaDA
+from dllm_engine import LearnedFilter, LLaDA
 from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.integrations.serve_errors import ApiError
 from dllm_engine.integrations.serve_protocol import CompletionRequest
 from dllm_engine.integrations.serve_settings import Planner, Settings
 from dllm_engine.integrations.serve_worker import Job
@@ -342,4 +344,20 @@ def test_which_requests_run_together(demo_model: LLaDA) -> None:
     kept = len(planner._kept)
     for i in range(200):
         job(temperature=i / 100)
+        assert job(policy="threshold").options is one.options, "options in use were made anew"
     assert kept < len(planner._kept) == 64
+
+
+def test_a_server_may_have_a_filter_of_its_own(demo_model: LLaDA, tmp_path: Path) -> None:
+    for name in ("own", "other"):
+        LearnedFilter(32, threshold=0.7).save_pretrained(tmp_path / name)
+    own = f"learn2pd={tmp_path / 'own'}"
+    planner = Planner(demo_model, Settings("demo", max_length=256, policy=own).fitted(demo_model))
+
+    def options(**fields: Any) -> Any:
+        return planner.jobs(CompletionRequest(model="demo", prompt="", **fields), [[4]], lambda event: None)[0].options
+
+    assert options() is options(policy=own)
+    assert options().policy.threshold == 0.7
+    with pytest.raises(ApiError, match="a request cannot name a file"):
+        options(policy=f"learn2pd={tmp_path / 'other'}")

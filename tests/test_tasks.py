@@ -80,6 +80,15 @@ def test_worded_sums_are_worked_out_in_numbers_that_are_right() -> None:
     assert not any("times" in s.prompt for s in small)
 
 
+def test_bounds_are_reached() -> None:
+    rng = random.Random(5)
+    lists = [tasks.generate("insert_index", rng, longest=3).about for _ in range(30)]
+    assert {about["index"] for about in lists} == {0, 1, 2, 3}, "a place before each of three people and behind them"
+    sums = [tasks.generate("worded_sums", rng, steps=4, largest=2, multiply=True) for _ in range(50)]
+    assert ("*", 1, 2, 2) in [step for sample in sums for step in sample.about["steps"]]
+    assert not any(sign == "*" and k < 2 for sample in sums for sign, _, k, _ in sample.about["steps"])
+
+
 @pytest.mark.parametrize("task", tasks.names())
 def test_a_seed_repeats(task: str) -> None:
     first, second = (tasks.generate(task, random.Random(7)) for _ in range(2))
@@ -122,6 +131,7 @@ def test_random_tasks_accept_every_right_answer_and_no_other() -> None:
     assert right("shuffle", "Ada Young, Eva Cole")
     assert not right("shuffle", "Eva Cole, Ada Young")
     assert not right("shuffle", "Eva Cole, Eva Cole")
+    assert not right("shuffle", "Ada Young, Eva Cole, Ada Young")
 
 
 def test_sudoku_row_and_grid_counts() -> None:
@@ -131,6 +141,32 @@ def test_sudoku_row_and_grid_counts() -> None:
     assert sample.prompt == "Sudoku: 0 3 4 2, 2 4 3 1, 4 1 2 3, 3 2 1 4"
     assert tasks.score(sample, "1 3 4 2, 2 4 3 1, 4 1 2 3, 3 2 1 4")
     assert (len(grids._latin_squares()), len(grids._sudokus())) == (576, 288)
+
+
+def solutions(cells: str) -> int:
+    """Of a sudoku, 16 digits row by row: the first empty cell with each digit that its row, column and box allow."""
+    if "0" not in cells:
+        return 1
+    at, found = cells.index("0"), 0
+    for digit in "1234":
+        near = (
+            c
+            for i, c in enumerate(cells)
+            if i // 4 == at // 4 or i % 4 == at % 4 or (i // 8, i % 4 // 2) == (at // 8, at % 4 // 2)
+        )
+        if digit not in near:
+            found += solutions(cells[:at] + digit + cells[at + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("given", [5, 8, 12])
+def test_a_sudoku_has_one_solution(given: int) -> None:
+    rng = random.Random(given)
+    for _ in range(5):
+        puzzle, solution = (grid.replace("\n", "") for grid in grids.make_sudoku(rng, given))
+        assert 16 - puzzle.count("0") == given
+        assert solutions(puzzle) == solutions(solution) == 1
+        assert all(p in ("0", d) for p, d in zip(puzzle, solution, strict=True))
 
 
 def test_latin_square_accepts_any_square_on_its_symbols() -> None:
@@ -157,8 +193,9 @@ def test_errors_name_what_was_given() -> None:
     with pytest.raises(ValueError, match="shortest, longest: 80, 92 given; 2 ≤ shortest ≤ longest ≤ 91 allowed"):
         tasks.generate("copy", random.Random(0), shortest=80, longest=92)
     tasks.generate("insert_random", random.Random(0), shortest=91, longest=91)
-    with pytest.raises(ValueError, match="no task is called 'poem'"):
-        tasks.task_of_file("data/poem.jsonl")
+    for name in ("poem", "sort_of"):
+        with pytest.raises(ValueError, match=f"no task is called '{name}'"):
+            tasks.task_of_file(f"data/{name}.jsonl")
     assert tasks.task_of_file("data/sudoku_n4_12.jsonl") == "sudoku"
 
 

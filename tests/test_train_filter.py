@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import eight_b_in_miniature, tiny_config, tiny_model
+from conftest import eight_b_in_miniature, ending_model, tiny_config, tiny_model
 from test_weights import save
 
 from dllm_engine import LearnedFilter, LLaDA, cli, decode, features, traces, train_filter
@@ -89,6 +89,21 @@ def test_an_interrupted_collection_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     collect(model, tmp_path / "part")
     assert len(calls) == 2 * 6
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_ends_wait_in_all_replays_or_in_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    model = ending_model()
+    told = set()
+
+    def watched(*given: Any, policy: Any, **options: Any) -> Any:
+        if policy != "topk":
+            told.add(policy.ends_wait)
+        return decode(*given, policy=policy, **options)
+
+    monkeypatch.setattr(traces, "decode", watched)
+    collect(model, tmp_path, ends_wait=waits)
+    assert told == {waits}
 
 
 def test_traces_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -174,6 +189,27 @@ def test_a_seed_gives_the_same_bits(kind: str) -> None:
     assert not torch.equal(first.packed(), third.packed())
 
 
+@pytest.mark.filterwarnings("ignore:risk")
+@pytest.mark.parametrize("kind", ["position", "block"])
+def test_which_rows_a_filter_is_trained_on(kind: str) -> None:
+    """Neither kind sees what lies behind the text; the published one's loss counts decided positions, ours does not."""
+    data = synthetic(20)
+    data["active"][::2, 6:] = False
+    data["undecided"] = data["active"].clone()
+    data["undecided"][:, 0] = False
+    behind, decided = ~data["active"], data["active"] & ~data["undecided"]
+
+    def weights(**changes: torch.Tensor) -> torch.Tensor:
+        given = {"kind": kind, "risk": 0.5, "epochs": 2, "progress": False}
+        return train_filter.train(data | changes, **given)[0].packed()
+
+    torch.manual_seed(7)
+    before, plain = torch.get_rng_state(), weights()
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers"
+    assert torch.equal(weights(log_odds=data["log_odds"].masked_fill(behind, 5.0)), plain)
+    assert torch.equal(weights(final=data["final"] ^ decided), plain) == (kind == "position")
+
+
 def test_prompts_are_split_not_steps() -> None:
     prompt = torch.arange(1000) // 10
     parts = train_filter.split(prompt, torch.Generator().manual_seed(0))
@@ -190,6 +226,8 @@ def test_threshold_for_a_risk() -> None:
     assert train_filter.threshold_for(probability, final, 0.2) == pytest.approx(0.55)
     assert train_filter.threshold_for(probability, final, 0.5) == pytest.approx(0.1)
     assert train_filter.threshold_for(probability, ~final, 0.01) == 1.0
+    equal = torch.tensor([0.9, 0.6, 0.6])  # the first of the equal ones is right, but no threshold has it alone
+    assert train_filter.threshold_for(equal, torch.tensor([True, True, False]), 0.01) == pytest.approx(0.75)
 
 
 def test_figures_by_hand() -> None:
@@ -201,6 +239,19 @@ def test_figures_by_hand() -> None:
         (0.5, 1.0, 1),
         (0.93, 0.5, 2),
     ]
+
+
+def test_figures_at_their_bounds() -> None:
+    found = train_filter.figures(torch.tensor([0.5, 1.0]), torch.tensor([True, True]), 0.5)
+    assert (found.committed, found.found) == (0.5, 0.5)  # above the threshold, not at it
+    assert found.calibration == [(0.5, 1.0, 1), (1.0, 1.0, 1)]
+    certain = train_filter.figures(torch.tensor([1.0, 0.0]), torch.tensor([False, True]), 0.5)
+    assert certain.loss == pytest.approx(-np.log(1e-7), abs=0.2)  # not infinite, nor what torch clamps at
+    for risk, enough in ((0.0105, True), (0.0104, False)):  # 96 rows, or one more
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train_filter.train(synthetic(20), risk=risk, epochs=1, progress=False)
+        assert any("96 validation rows cannot tell it" in str(warning.message) for warning in told) != enough
 
 
 def test_a_filter_that_never_commits_is_never_wrong() -> None:

@@ -164,8 +164,8 @@ def test_only_cpus_and_cuda_devices_are_taken() -> None:
 
 def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path, demo_model: LLaDA) -> None:
     directory = save(tiny_model(), tiny_config(), tmp_path / "m")
-    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 7]}', encoding="utf-8")
-    assert LLaDA.from_pretrained(directory).end_ids == (1, 7)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 1, 0]}', encoding="utf-8")
+    assert LLaDA.from_pretrained(directory).end_ids == (1, 7, 0)  # the config's first
     (directory / "generation_config.json").write_text('{"eos_token_id": 64}', encoding="utf-8")
     with pytest.raises(ValueError, match="end id 64 .* outside the 64 rows"):
         LLaDA.from_pretrained(directory)
@@ -234,6 +234,15 @@ def test_file_errors(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         LLaDA.from_pretrained(checkpoint)
+
+
+def test_only_what_the_index_lists_is_read(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").rename(checkpoint / "one.safetensors")
+    save_file(tensors | {"optimiser.step": torch.zeros(1, dtype=torch.int64)}, checkpoint / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "one.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert torch.equal(LLaDA.from_pretrained(checkpoint, device="cpu")(IDS), tiny_model()(IDS))
 
 
 def test_an_index_that_promises_too_much(checkpoint: Path) -> None:

@@ -64,7 +64,7 @@ class AdaBlock(Policy):
         self._ids = ids
 
     def reach(self, block_length: int, gen_length: int) -> int:
-        return min(gen_length, max(block_length, int(self.window * gen_length)))
+        return max(block_length, int(self.window * gen_length))
 
     def begin(self, state: DecodeState) -> None:
         self._lengths = torch.full_like(state.step, state.block_length)

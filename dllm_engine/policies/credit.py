@@ -74,7 +74,7 @@ class Credit(Policy):
         top, at = raised.max(-1)
         others = untraced.clamp_min(0) + raised.scatter(-1, at[..., None], 0.0).sum(-1)
         self._tokens = torch.where(stats.token < 0, -1, ids.gather(-1, at[..., None])[..., 0])
-        self._odds = torch.where(others > 0, top / others, float("inf"))
+        self._odds = top / others  # infinite where nothing else is left
         return self._odds.log()
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:

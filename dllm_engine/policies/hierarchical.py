@@ -30,7 +30,7 @@ class Hierarchical(Policy):
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         undecided, width = state.undecided, state.undecided.shape[1]
         begins = undecided & ~F.pad(undecided, (1, 0))[:, :width]
-        run = torch.where(undecided, begins.cumsum(1), 0)  # 1, 2, … from the left; 0 collects the decided positions
+        run = begins.cumsum(1)  # 1, 2, … from the left; decided positions behind one rank last
         rank = ranking(stats.log_odds, undecided).argsort(dim=1)  # all different, so that a run has one best
         best = torch.full((len(rank), width + 1), width, device=rank.device).scatter_reduce(1, run, rank, "amin")
         sure, enough = (stats.log_odds >= bound for bound in self._bounds)

@@ -93,7 +93,7 @@ def is_answer(task: str, given: list[str], about: dict[str, Any]) -> bool:
     if task == "shuffle":
         return Counter(given) == Counter(items) and given != items
     if task == "insert_random":
-        return len(given) == len(items) + 1 and any(given == _insert(items, word, i) for i in range(len(given)))
+        return any(given == _insert(items, word, i) for i in range(len(items) + 1))
     if task == "remove_random":
         return any(given == _remove(items, i) for i in range(len(items)))
     if task == "replace_random":
