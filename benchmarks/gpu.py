@@ -133,6 +133,8 @@ def main() -> None:
 
 def watched(command: list[str], seconds: float, environment: Mapping[str, str], log: Path | None) -> int:
     """Run a command, print what it prints, and add it to the log; its exit status, 1 if it was stopped in time."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -123,7 +123,8 @@ def memory_of(call: bytes) -> Global:
     pointers = set(memoryview(call).cast("Q").tolist())
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+        plain = type(thing) in (Tensor, torch.nn.Parameter)  # others may have no storage
+        if plain and thing.device.type == "cpu" and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             if any(storage.data_ptr() <= p < storage.data_ptr() + storage.nbytes() for p in pointers):
                 storages[storage.data_ptr()] = storage
