@@ -21,6 +21,7 @@ from dllm_engine.attention import MAX_WIDTH, block_attention_available
 from dllm_engine.buffers import Buffers
 from dllm_engine.forward import Forward, additive
 from dllm_engine.kv_cache import LayerCache
+from dllm_engine.model import Joined
 from dllm_engine.options import Options
 from dllm_engine.rules import Rule
 
@@ -55,6 +56,7 @@ class BlockCalls:
         bounds = buffers.take("bounds", rule.bounds.shape, torch.float32).copy_(rule.bounds)
         weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
         self.sequences, self.rule = sequences, replace(rule, bounds=bounds, weights=weights)
+        self.layers = [self._kept(i, layer, buffers) for i, layer in enumerate(forward.joined)]
         self.offsets = torch.arange(self.state.block_length, device=device)
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
@@ -70,6 +72,13 @@ class BlockCalls:
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
             self.fused, tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
+
+    @staticmethod
+    def _kept(i: int, layer: Joined | None, buffers: Buffers) -> Joined | None:
+        """Biases that were joined for this decode lie where a graph of an earlier one reads them."""
+        if layer is None or layer.bias is None:
+            return layer
+        return layer._replace(bias=buffers.take(f"bias {i}", layer.bias.shape, layer.bias.dtype).copy_(layer.bias))
 
     def __call__(self, joining: list[int]) -> None:
         """One block call of ``joining``, the sequences of the first cache slots in order, and its commit."""
@@ -128,7 +137,7 @@ class BlockCalls:
 
     def _tensors(self) -> list[Any]:
         """What a graph reads beside buffers and weights; not this object, which holds the model."""
-        own = [self.offsets, self.every, self.idle, self.rows, self.end_ids, self.model._rope, self.forward.joined]
+        own = [self.offsets, self.every, self.idle, self.rows, self.end_ids, self.model._rope, self.layers]
         return [*own, self.state.end_ids, *self.scoring.values()]
 
     def _call(self, count: int) -> None:
@@ -151,7 +160,7 @@ class BlockCalls:
         else:
             seen = additive((self.every < padding) | (self.every >= end), model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
-        hidden = model.hidden_states(tokens, rope, seen, caches, self.forward.joined, self.fused)
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.fused)
         ops.decode_step_(
             hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
         )

@@ -186,6 +186,25 @@ def test_moved_weights_and_grown_buffers_drop_graphs(
     assert torch.equal(decode(model, PROMPTS, **BASE, **settings).sequences, want.sequences)
 
 
+def test_biases_that_changed_in_place_are_read_by_graphs_of_before(
+    fixed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)  # biases
+    source = ending_model(include_qkv_bias=True)
+    model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+    model.load_state_dict(source.state_dict())
+    assert all(model.joined_weights())
+    settings: dict[str, Any] = {"end_of_text": "off", "policy": Threshold(0.5)}
+    before = [decode(model, PROMPTS, **BASE, **settings).sequences for _ in range(3)][-1]
+    captures = Fake.captures
+    model.blocks[0].v_proj.bias += 1.0
+    want = expected(model, PROMPTS, monkeypatch, **settings)
+    after = decode(model, PROMPTS, **BASE, **settings).sequences
+    assert Fake.captures == captures > 0
+    assert torch.equal(after, want.sequences)
+    assert not torch.equal(after, before)
+
+
 def test_graphs_after_a_growth_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool that its last graph left may not be captured into again; the stream is neither torch's nor another's."""
     pools = iter(range(9))
