@@ -147,3 +147,8 @@ def test_prompts_may_be_tensors_and_hold_integers_of_numpy() -> None:
         assert torch.equal(decode(made, same, gen_length=8, block_length=8).sequences, expected)
     with pytest.raises(TypeError, match="prompt 1 holds something other than ints"):
         decode(made, [[5], torch.tensor([0.5])], gen_length=8, block_length=8)
+
+
+def test_a_model_in_float64_is_named() -> None:
+    with pytest.raises(TypeError, match="model: weights of torch.float64 given; float32, bfloat16 or float16"):
+        decode(tiny_model().double(), [[5]], gen_length=8, block_length=8)
