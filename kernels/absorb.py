@@ -70,6 +70,39 @@ def _greedy(logits, ids):
 
 
 @triton.jit
+def _masked(
+    logits, ids, columns, last, vocab, banned, banned_at, banned_count, excluded, excluded_at, excluded_count, bad,
+    temperature, seed, position, step, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Of any logits of ids before ``last``; with a temperature the one that is drawn wins."""
+    bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
+    logits = tl.where((columns < vocab)[None, :], logits, NEG_INF)
+    is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, last)
+    is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, last)
+    allowed = tl.where(is_banned[None, :], NEG_INF, logits)
+    normal = tl.where(is_excluded[None, :], NEG_INF, logits)
+    best, best_id = best_of(allowed, ids)
+    second, second_id = best_of(tl.where(ids == best_id[:, None], NEG_INF, allowed), ids)
+    if SAMPLE:
+        won, token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
+        chosen = ids == token[:, None]
+        logit = tl.where(token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
+    else:
+        won, token, logit = best, best_id, best
+        chosen = ids == best_id[:, None]
+    is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
+    inside = tl.where(is_out, NEG_INF, logit)
+    others = tl.where(chosen, NEG_INF, normal)
+    top = tl.max(others, 1)
+    shifted = others - tl.where(top == NEG_INF, 0.0, top)[:, None]
+    e = tl.exp(shifted)
+    total, weighted = tl.sum(e, 1), tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
+    return (
+        won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at
+    )  # fmt: skip
+
+
+@triton.jit
 def absorb(
     won, token, logit, inside, best, best_id, second, second_id, top, total, weighted, bad, banned_at, excluded_at,
     logits, first, vocab, banned, banned_count, excluded, excluded_count, probe_ids, probe_logits, r, live,
@@ -78,44 +111,31 @@ def absorb(
 ):  # fmt: skip
     """The partial states with the logits [ROWS, PART] of ids ``first`` on; and the places in the lists of ids."""
     columns = first + tl.arange(0, PART)
+    last = first + PART
     ids = tl.broadcast_to(columns[None, :], [ROWS, PART])
     if PROBES > 0:
         for p in tl.static_range(PROBES):
             wanted = tl.load(probe_ids + r.to(tl.int64) * PROBES + p, mask=live, other=-1)
-            hit = (ids == wanted[:, None]) & (columns < vocab)[None, :]
+            hit = ids == wanted[:, None]
             value = tl.sum(tl.where(hit, logits, 0.0), 1)
-            tl.store(probe_logits + r * PROBES + p, value, mask=live & (tl.max(hit.to(tl.int32), 1) > 0))
-    special = first + PART > vocab
+            there = live & (wanted < vocab) & (tl.max(hit.to(tl.int32), 1) > 0)
+            tl.store(probe_logits + r * PROBES + p, value, mask=there)
+    special = last > vocab
     if banned_at < banned_count:
-        special = special | (tl.load(banned + banned_at) < first + PART)
+        special = special | (tl.load(banned + banned_at) < last)
     if excluded_at < excluded_count:
-        special = special | (tl.load(excluded + excluded_at) < first + PART)
+        special = special | (tl.load(excluded + excluded_at) < last)
 
-    if special or SAMPLE:
-        exists = columns < vocab
-        bad = bad | tl.max(((logits < float("inf")) == 0).to(tl.int32), 1)
-        logits = tl.where(exists[None, :], logits, NEG_INF)
-        is_banned, banned_at = _marked(banned, banned_at, banned_count, columns, first + PART)
-        is_excluded, excluded_at = _marked(excluded, excluded_at, excluded_count, columns, first + PART)
-        allowed = tl.where(is_banned[None, :], NEG_INF, logits)
-        normal = tl.where(is_excluded[None, :], NEG_INF, logits)
-        part_best, part_best_id = best_of(allowed, ids)
-        part_second, part_second_id = best_of(tl.where(ids == part_best_id[:, None], NEG_INF, allowed), ids)
-        if SAMPLE:
-            part_won, part_token = best_of(allowed + temperature * _gumbel(seed, position, step, columns), ids)
-            chosen = ids == part_token[:, None]
-            part_logit = tl.where(part_token == NO_ID, NEG_INF, tl.sum(tl.where(chosen, logits, 0.0), 1))
-        else:
-            part_won, part_token, part_logit = part_best, part_best_id, part_best
-            chosen = ids == part_best_id[:, None]
-        is_out = tl.max((chosen & is_excluded[None, :]).to(tl.int32), 1) > 0
-        part_inside = tl.where(is_out, NEG_INF, part_logit)
-        others = tl.where(chosen, NEG_INF, normal)
-        part_top = tl.max(others, 1)
-        shifted = others - tl.where(part_top == NEG_INF, 0.0, part_top)[:, None]
-        e = tl.exp(shifted)
-        part_total = tl.sum(e, 1)
-        part_weighted = tl.sum(tl.where(e > 0, shifted * e, 0.0), 1)
+    if SAMPLE or PROBES > 0:  # registers are short: one way for all
+        special = special | True
+    if special:
+        (
+            part_won, part_token, part_logit, part_inside, part_best, part_best_id, part_second, part_second_id,
+            part_top, part_total, part_weighted, bad, banned_at, excluded_at,
+        ) = _masked(
+            logits, ids, columns, last, vocab, banned, banned_at, banned_count, excluded, excluded_at, excluded_count,
+            bad, temperature, seed, position, step, SAMPLE,
+        )  # fmt: skip
     else:
         part_best, part_best_id, part_second, part_second_id, part_total, part_weighted = _greedy(logits, ids)
         bad = bad | ((part_total != part_total) | (part_best == float("inf"))).to(tl.int32)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
-from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, WIDE, Config, candidates
+from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
 from dllm_engine.rules import Step
 
 # Ids whose state is kept apart, and how many of them are added to it at once: fixed, so that tiles of other sizes (for
@@ -151,7 +151,7 @@ def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: b
     """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
     extras: noise or probes, whose registers only a smaller tile leaves free."""
     if upcast or head.dtype == torch.float32:
-        return PRECISE
+        return PRECISE_BUSY if extras else PRECISE
     if extras:
         table = BUSY
     elif os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():

@@ -155,7 +155,7 @@ def finish_step(
     # rows that fill up a call are all the same one, which ends where it begins: it may not move on under the others
     active = start < old_end
     width = tl.where(active, width, 0)
-    step_in_block, failed_before, step = tl.load(progress + 2), tl.load(progress + 3), tl.load(progress + 4)
+    step_in_block, failed_before = tl.load(progress + 2), tl.load(progress + 3)
 
     i = tl.arange(0, WIDTH)
     open_ = (i < width) & (tl.load(undecided + start + i, mask=i < width, other=0) != 0)
@@ -225,6 +225,7 @@ def finish_step(
         c = first + tl.arange(0, LINE)
         tl.store(tokens + c, tl.full([LINE], 0, tl.int64) + fill_id, mask=c < old_end)
         tl.store(undecided + c, 0, mask=c < old_end)
+    step = tl.load(progress + 4)
     tl.debug_barrier()
     still, still_here = tl.zeros([LINE], tl.int32), tl.zeros([LINE], tl.int32)
     for first in range(prompt_length, length, LINE):

@@ -35,6 +35,7 @@ NARROW: dict[int | None, Config] = {
 }
 BUSY: dict[int | None, Config] = {16: Config(16, 64, 64, 4, 4), None: Config(32, 64, 64, 8, 4)}  # noise or probes
 PRECISE = Config(32, 64, 32, 8, 2)  # float32 products, which no tensor core makes
+PRECISE_BUSY = Config(16, 64, 32, 8, 2)  # the same with noise or probes
 
 
 def candidates(count: int) -> list[Config]:
