@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ptx.memory import Array, Fault, Global, Memory
+from ptx.memory import POISON, Array, Fault, Global, Memory
 from ptx.ops import COMPARE, SMALL, TYPES, VALUE, convert, small
 from ptx.text import Instruction, Kernel, Operand
 from ptx.units import AsyncProducts, units
 from ptx.warp import WARP
 
 Run = Callable[[Array], None]
-POISON = 0xFF  # NaN in every float, -1 in every integer
 UINT = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+POISON = 0xFF  # NaN in every float, -1 in every integer
 
 
 class Fault(AssertionError):

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptx.memory import Array, Fault
+from ptx.memory import POISON, Array, Fault
 from ptx.ops import from_bf16
 from ptx.text import Instruction, Operand
 from ptx.warp import WARP, Atomic, Reduction, Shuffle, Unit, Vote, check_whole
 
-POISON = 0xFF
 LANE = np.arange(WARP)
 ROW, PAIR = LANE // 4, 2 * (LANE % 4)  # of a fragment: its row, the first of its two columns
 
@@ -110,7 +109,7 @@ class Products(Unit):
     """mma.sync m16n8k16."""
 
     def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
-        if i.parts[3:] not in ((s, "row", "col", "f32", k, k, "f32") for s in ("m16n8k16",) for k in ("bf16", "f16")):
+        if i.parts[3:] not in (("m16n8k16", "row", "col", "f32", k, k, "f32") for k in ("bf16", "f16")):
             raise NotImplementedError("not known to this machine")
         check_whole(mask)
         to, a, b, c = (o if isinstance(o, tuple) else (o,) for o in i.operands)
