@@ -24,8 +24,8 @@ from dllm_engine import LLaDA, decode, policies, tasks
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 from dllm_engine.tasks import sums
 from dllm_engine.tokenizer import answer_text, encode_prompt
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_engine import LLaDA, LLaDAConfig, weights
+from dllm_engine import LLaDA, LLaDAConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def random_model(
     shape: Shape, *, device: torch.device, dtype: torch.dtype, max_length: int, peak: float = 1.0, seed: int = 0
 ) -> LLaDA:
     """Normal weights that keep the scale of what passes through them; logits have the standard deviation ``peak``."""
-    model = weights.uninitialised(shape.config(max_length), device, dtype)
+    model = LLaDA.uninitialised(shape.config(max_length), device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

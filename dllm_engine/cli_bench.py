@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
 
 def _check(args: argparse.Namespace) -> list[Contender]:
     """Raises ValueError for what is wrong without a model."""
-    from dllm_engine import inputs
+    from dllm_engine import checks
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.refresh import Cache
 
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> list[Contender]:
     for policy in args.policy:
         PolicyText.parse(policy)
     Cache.of(args.cache)
-    inputs.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    checks.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
     own = [Contender(policy, policy, args.cache, args.end_of_text) for policy in args.policy]
     return list(dict.fromkeys([*(BASELINES[name] for name in BASELINES if name in args.baselines), *own]))
 

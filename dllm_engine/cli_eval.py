@@ -165,7 +165,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
 
 def _check(args: argparse.Namespace) -> dict[str, str]:
     """The sweep's filters (file to name); fills in defaults. Raises ValueError for what is wrong without a model."""
-    from dllm_engine import inputs, policies, tasks
+    from dllm_engine import checks, policies, tasks
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.refresh import Cache
 
@@ -197,7 +197,7 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
     for cache in args.cache:
         Cache.of(cache)
     for end_of_text in args.end_of_text:
-        inputs.check_options(end_of_text=end_of_text, temperature=0.0, cfg_scale=0.0)
+        checks.check_options(end_of_text=end_of_text, temperature=0.0, cfg_scale=0.0)
     filters: dict[str, str] = {}
     for text in args.filter:
         name, _, file = text.partition("=")

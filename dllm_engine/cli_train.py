@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     """The command; ``load`` gives the model once the arguments that do not need it are checked."""
-    from dllm_engine import inputs, traces, train_filter
+    from dllm_engine import checks, inputs, traces, train_filter
     from dllm_engine.filter import KINDS, model_ids
     from dllm_engine.refresh import Cache
 
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     if not 0 < args.risk < 1:
         raise ValueError(f"--risk: {args.risk} given; more than 0 and less than 1 allowed")
     Cache.of(args.cache)
-    inputs.check_seeds(args.seed, 1)
-    inputs.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    checks.check_seeds(args.seed, 1)
+    checks.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
     began = time.perf_counter()
     rows = _rows(args)
     model = load()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-# What the transformer in `model.py` computes. A checkpoint that asks for anything else is refused: running it
+# What `layers.Block` computes. A checkpoint that asks for anything else is refused: running it
 # anyway would give fluent, wrong text.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu", "swiglu"),
@@ -24,6 +24,20 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
+
+
+class ModelFacts(Protocol):
+    """What rules and filters may know of a `LLaDA`."""
+
+    path: Path | None
+    vocab_size: int
+    end_ids: tuple[int, ...]
+
+    @property
+    def mask_id(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 @dataclass(frozen=True)

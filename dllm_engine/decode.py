@@ -13,7 +13,6 @@ from dllm_engine.model import LLaDA
 from dllm_engine.outputs import DecodeOutput
 from dllm_engine.policies import Policy
 from dllm_engine.refresh import Cache
-from dllm_engine.weights import wrapped
 
 __all__ = ["DecodeOutput", "decode"]
 
@@ -69,8 +68,6 @@ def decode(
         MemoryError: the KV cache does not fit, before the first forward pass.
         RuntimeError: the model gave NaN, naming sequence and position.
     """
-    if not isinstance(model, LLaDA):
-        model = wrapped(model)
     return Engine.kept(model).decode(
         input_ids,
         attention_mask=attention_mask,

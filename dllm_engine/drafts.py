@@ -12,7 +12,8 @@ from dllm_engine import ops
 from dllm_engine.forward import Call, Forward
 from dllm_engine.kv_cache import LayerCache
 from dllm_engine.policies.base import allowed_tokens, asked
-from dllm_engine.reference import RowStats, commit_
+from dllm_engine.reference import commit_
+from dllm_engine.stats import RowStats
 
 if TYPE_CHECKING:
     from dllm_engine.policies.freedave import FreeDave

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_engine import continuous, inputs
+from dllm_engine import checks, continuous, inputs, weights
 from dllm_engine.buffers import Buffers
 from dllm_engine.continuous import Scheduler
 from dllm_engine.kv_cache import KVCache
@@ -26,6 +26,7 @@ from dllm_engine.state import DecodeState
 from dllm_engine.streaming import stream_to
 
 _KEEPING = threading.Lock()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
 class Engine:
@@ -71,14 +72,19 @@ class Engine:
             DecodeState.rows(self._buffers, max_batch, max_length)
 
     @classmethod
-    def kept(cls, model: LLaDA) -> Engine:
-        """The one that `dllm_engine.decode` keeps on a model; it grows with the calls."""
+    def kept(cls, model: LLaDA | nn.Module) -> Engine:
+        """The one that `dllm_engine.decode` keeps while a model lives; it grows with the calls.
+
+        A transformers module gets another one when its tensors are other ones.
+        """
         with _KEEPING:
-            engine = model._engine
-            if engine is None:
-                engine = model._engine = cls(model, max_batch=1, max_length=1, cache="none")
+            engine = _KEPT.get(model) if isinstance(model, nn.Module) else None
+            if engine is None or not engine._is_of(model):
+                engine = cls(model, max_batch=1, max_length=1, cache="none")
                 engine._grows, engine.cache = True, None
-                engine._model = weakref.ref(model)  # in a cycle, a dropped model would wait for the garbage collector
+                if isinstance(model, LLaDA):
+                    engine._model = weakref.ref(model)  # what holds its own key would never leave the table
+                _KEPT[model] = engine
             return engine
 
     @property
@@ -86,6 +92,10 @@ class Engine:
         model = self._model()
         assert model is not None  # only `kept` holds it weakly, and is reached through it
         return model
+
+    def _is_of(self, model: nn.Module) -> bool:
+        """Whether a module's tensors are those of this engine's model."""
+        return model is self.model or weights.addresses(model, weights.PREFIX) == weights.addresses(self.model)
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +153,7 @@ class Engine:
             end_of_text=end_of_text,
             backend=self.backend if backend is None else backend,
         )
-        return self.run(prompt, padding, options, inputs.check_seeds(seed, len(prompt)), streamer)
+        return self.run(prompt, padding, options, checks.check_seeds(seed, len(prompt)), streamer)
 
     def run(
         self, prompt: Tensor, padding: Tensor, options: Options, seeds: list[int], streamer: Any = None
@@ -239,7 +249,7 @@ class Engine:
             raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")
         if streamer is not None and not callable(streamer):
             raise TypeError(f"streamer: {type(streamer).__name__} given; generate_many takes a callable")
-        return self._many(prompts, options, inputs.seeds_of(seed), streamer, progress)
+        return self._many(prompts, options, checks.seeds_of(seed), streamer, progress)
 
     @torch.inference_mode()
     def _many(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_engine import inputs, policies, tasks
+from dllm_engine import checks, inputs, policies, tasks
 from dllm_engine.decode import DecodeOutput, decode
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
@@ -124,7 +124,7 @@ def checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str
     lengths = {"gen_length": setting.gen_length, "block_length": setting.block_length}
     steps = text.steps(setting.gen_length, setting.steps)
     Cache.of(setting.cache)
-    inputs.check_options(end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
+    checks.check_options(end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
     inputs.check_lengths(model, longest_prompt, **lengths, steps=steps)
     if text.name == "oracle":
         return text.name

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine import features
-
-if TYPE_CHECKING:
-    from dllm_engine.model import LLaDA
+from dllm_engine.config import ModelFacts
 
 FILTER_FILE = "filter.safetensors"
 DEFAULT_THRESHOLD = 0.96  # the published operating point
@@ -84,7 +82,7 @@ class LearnedFilter(nn.Module):
         """float32 [parameters]: the tensors one after the other, as `rules.Rule` takes them."""
         return torch.cat([self.get_parameter(name).detach().float().flatten() for name in _TENSORS])
 
-    def check(self, model: Any, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
         """Compare with the model and settings of a decode.
 
         Raises:
@@ -170,7 +168,7 @@ class LearnedFilter(nn.Module):
         return made.eval().requires_grad_(False)
 
 
-def model_ids(model: LLaDA) -> dict[str, Any]:
+def model_ids(model: ModelFacts) -> dict[str, Any]:
     """What a filter remembers of its model."""
     return {"mask_id": model.mask_id, "end_ids": list(model.end_ids), "vocab_size": model.vocab_size}
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dllm_engine import inputs
+from dllm_engine import checks, inputs
 from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options, resolve_backend
 from dllm_engine.policies import Random, TopK
 from dllm_engine.refresh import Cache
-from dllm_engine.weights import wrapped
 
 _LLADA_MASK_ID = 126336  # the default of LLaDA's generate(): here it means the model's own mask id
 _REMASKING = {"low_confidence": TopK, "random": Random}
@@ -53,13 +52,13 @@ def generate(
     Raises:
         TypeError, ValueError: a bad argument, before the first forward pass.
     """
-    if not isinstance(model, LLaDA):
-        model = wrapped(model)
+    engine = Engine.kept(model)
+    model = engine.model
     if remasking not in _REMASKING:
         raise ValueError(f"remasking: {remasking!r} given; known: {', '.join(_REMASKING)}")
     if mask_id not in (_LLADA_MASK_ID, model.mask_id):
         raise ValueError(f"mask_id: {mask_id} given; this model's mask id is {model.mask_id}")
-    inputs.check_options(end_of_text="off", temperature=temperature, cfg_scale=cfg_scale)
+    checks.check_options(end_of_text="off", temperature=temperature, cfg_scale=cfg_scale)
     ids, padding = inputs.check_prompt(model, prompt, attention_mask)
     longest = ids.shape[1] - int(padding.min())  # host: input checks, once per call
     inputs.check_lengths(model, longest, gen_length=gen_length, block_length=block_length, steps=steps)
@@ -79,4 +78,4 @@ def generate(
         extra_banned=(model.fill_id,) if logits_eos_inf else (),
         excluded_ids=excluded,
     )
-    return Engine.kept(model).run(ids, padding, options, inputs.check_seeds(None, len(ids))).sequences
+    return engine.run(ids, padding, options, checks.check_seeds(None, len(ids))).sequences

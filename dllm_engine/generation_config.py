@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm_engine import inputs
+from dllm_engine import checks
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache
 
@@ -26,8 +26,8 @@ def defaults(raw: dict[str, Any], source: str = FILE) -> dict[str, Any]:
     try:
         for name in _COUNTS:
             if name in given:
-                inputs.check_count(name, given[name])
-        inputs.check_options(
+                checks.check_count(name, given[name])
+        checks.check_options(
             end_of_text=given.get("end_of_text", "auto"),
             temperature=given.get("temperature", 0.0),
             cfg_scale=given.get("cfg_scale", 0.0),

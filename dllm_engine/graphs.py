@@ -21,7 +21,7 @@ from dllm_engine.attention import MAX_WIDTH, block_attention_available
 from dllm_engine.buffers import Buffers
 from dllm_engine.forward import Forward, additive
 from dllm_engine.kv_cache import LayerCache
-from dllm_engine.model import Joined
+from dllm_engine.layers import Joined
 from dllm_engine.options import Options
 from dllm_engine.rules import Rule
 

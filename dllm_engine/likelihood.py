@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_engine import inputs, ops
+from dllm_engine import checks, ops
 from dllm_engine.decode import decode
 from dllm_engine.forward import additive
 from dllm_engine.model import LLaDA
@@ -60,9 +60,9 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: an empty target, ids or a length that the model has not, or a number out of range.
     """
-    inputs.check_count("samples", samples)
-    inputs.check_count("batch_size", batch_size)
-    inputs.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
+    checks.check_count("samples", samples)
+    checks.check_count("batch_size", batch_size)
+    checks.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
     limit, ids = model.config.max_sequence_length, model.config.embedding_size
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:

@@ -1,167 +1,21 @@
-"""LLaDA's transformer on one page: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU.
-
-The module names are the checkpoint's own, so the name map is one prefix (`weights.PREFIX`).
-"""
+"""LLaDA: layers, what its checkpoint says beside the weights, and ways to load one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm_engine.config import LLaDAConfig
+from dllm_engine import generation_config, weights
+from dllm_engine.config import LLaDAConfig, read_json
+from dllm_engine.layers import Block, Embedding, Joined, Linear, RMSNorm
+from dllm_engine.tokenizer import load_tokenizer, read_facts
 
 if TYPE_CHECKING:
-    from dllm_engine.engine import Engine
     from dllm_engine.kv_cache import LayerCache
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; cast back *before* the weight is applied, as LLaDA was trained."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves (NeoX style) in float32. x [B, H, S, Dh]; cos, sin [B, 1, S, Dh]."""
-    x32 = x.float()
-    left, right = x32.chunk(2, dim=-1)
-    return (x32 * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
-
-
-class Linear(nn.Linear):
-    """Not initialised on the meta device, where torch would import its compiler for it: 0.07 GB and a second."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Embedding(nn.Embedding):
-    """See `Linear`."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
-class Joined(NamedTuple):
-    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D]."""
-
-    qkv: Tensor
-    bias: Tensor | None
-    gate_up: Tensor
-
-
-def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
-    """The matrix [Σ rows, D] that these are the rows of, in one storage and in this order; None if they are not.
-
-    Found anew for every decode: nothing has to be kept in step when weights are moved, replaced or trained.
-    """
-    first, at = matrices[0], matrices[0].storage_offset()
-    for matrix in matrices:
-        together = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (together and matrix.is_contiguous() and matrix.dtype == first.dtype and matrix.storage_offset() == at):
-            return None
-        at += matrix.numel()
-    rows = sum(len(matrix) for matrix in matrices)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
-class Block(nn.Module):
-    def __init__(self, config: LLaDAConfig) -> None:
-        super().__init__()
-        d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
-        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.n_heads, config.n_kv_heads
-        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
-        self.q_proj = Linear(d, d, bias=bias)
-        self.k_proj = Linear(d, kv_size, bias=bias)
-        self.v_proj = Linear(d, kv_size, bias=bias)
-        self.attn_out = Linear(d, d, bias=False)
-        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
-        self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
-        self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
-        self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
-
-    def joined(self) -> Joined | None:
-        """The matrices as they are used together, where `weights.load_pretrained` laid them one behind the other."""
-        qkv = self.q_proj, self.k_proj, self.v_proj
-        biases: list[Tensor] = [proj.bias for proj in qkv if proj.bias is not None]
-        matrices = one_behind_the_other([proj.weight for proj in qkv])
-        gate_up = one_behind_the_other([self.ff_proj.weight, self.up_proj.weight])
-        if matrices is None or gate_up is None:
-            return None
-        return Joined(matrices, torch.cat(biases) if biases else None, gate_up)
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        seen: Tensor | tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None,
-        joined: Joined | None = None,
-    ) -> Tensor:
-        b, s, d = x.shape
-        h = self.attn_norm(x)
-        if joined is None:
-            qkv = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
-        else:
-            qkv = F.linear(h, joined.qkv, joined.bias)
-        qk, v = qkv.view(b, s, -1, self.head_dim).transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
-        q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)
-        if cache is not None:
-            k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
-        if isinstance(seen, tuple):
-            from dllm_engine.kernels.block_attention import block_attention
-
-            h = block_attention(q, k, v, *seen)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.heads != self.kv_heads)
-        x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
-        h = self.ff_norm(x)
-        if joined is None:
-            gate, up = self.ff_proj(h), self.up_proj(h)
-        else:
-            gate, up = F.linear(h, joined.gate_up).chunk(2, dim=-1)
-        return x + self.ff_out(F.silu(gate) * up)
-
-    def fused(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        bounds: tuple[Tensor, Tensor],
-        cache: LayerCache,
-        joined: Joined,
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
-
-        Returns:
-            The residual stream and what is still to be added to it.
-        """
-        from dllm_engine.kernels.block_attention import block_attention
-        from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
-
-        assert cache.columns is not None
-        assert cache.seen is not None
-        x, h = add_norm(x, delta, self.attn_norm.weight, self.attn_norm.eps)
-        qkv = F.linear(h, joined.qkv, joined.bias)
-        q = rope_write(qkv, *rope, cache.keys, cache.values, cache.columns, heads=self.heads)
-        h = block_attention(q, *cache.seen, *bounds).transpose(1, 2).flatten(2)  # a view
-        x, h = add_norm(x, self.attn_out(h), self.ff_norm.weight, self.ff_norm.eps)
-        return x, self.ff_out(silu_mul(F.linear(h, joined.gate_up)))
 
 
 class LLaDA(nn.Module):
@@ -189,11 +43,6 @@ class LLaDA(nn.Module):
         self.end_ids = config.eos_token_ids
         self._tokenizer: Any = None
         self._rope: tuple[Tensor, Tensor] | None = None
-        self._engine: Engine | None = None  # see `engine.kept`
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave buffers behind."""
-        return self.__dict__ | {"_engine": None}
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -212,9 +61,13 @@ class LLaDA(nn.Module):
             FileNotFoundError: no such directory, or a file is missing in it.
             ValueError: an unsupported or incomplete config, or weights that do not fit it.
         """
-        from dllm_engine.weights import load_pretrained
-
-        return load_pretrained(path, device=device, dtype=dtype)
+        target, target_dtype = weights.device_of(device), weights.dtype_of(dtype)
+        directory = weights.find(path)
+        config = LLaDAConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+        model = cls._empty(config)
+        weights.load_(model, directory, tied=config.weight_tying, device=target, dtype=target_dtype)
+        model._describe(directory)
+        return model
 
     @classmethod
     def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
@@ -226,9 +79,57 @@ class LLaDA(nn.Module):
         Raises:
             TypeError: not a module. ValueError: no LLaDA, or a ``vocab_size`` beyond the embedding.
         """
-        from dllm_engine.weights import share_transformers
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
+        raw, given = getattr(module, "config", None), type(module).__name__
+        if raw is None or not hasattr(raw, "to_dict"):
+            raise ValueError(f"model: {given} has no transformers config; a loaded LLaDAModelLM is needed")
+        config = LLaDAConfig.from_dict(raw.to_dict(), f"{given}.config")
+        model = cls._empty(config)
+        weights.share_(model, module, tied=config.weight_tying)
+        name = getattr(raw, "_name_or_path", "") or ""
+        if name and Path(name).is_dir():
+            model._describe(Path(name))
+        if vocab_size is not None:
+            if not 0 < vocab_size <= config.embedding_size:
+                raise ValueError(
+                    f"vocab_size: {vocab_size} given; 1 to {config.embedding_size} (embedding rows) allowed"
+                )
+            model.vocab_size = vocab_size
+        return model
 
-        return share_transformers(module, vocab_size)
+    @classmethod
+    def uninitialised(cls, config: LLaDAConfig, device: torch.device, dtype: torch.dtype) -> LLaDA:
+        """A model whose weights lie as those of a checkpoint do, and are anything."""
+        model = cls._empty(config)
+        weights.allocate_(model, device, dtype)
+        return model
+
+    @classmethod
+    def _empty(cls, config: LLaDAConfig) -> LLaDA:
+        with torch.device("meta"):
+            return cls(config)
+
+    def _describe(self, directory: Path) -> None:
+        """Vocabulary, end ids (config first, then what generation config and tokenizer add), defaults of `decode`."""
+        self.path, rows = directory, self.config.embedding_size
+        end_ids = list(self.config.eos_token_ids)
+        generation = directory / generation_config.FILE
+        if generation.exists():
+            raw = read_json(generation)
+            eos = raw.get("eos_token_id")
+            end_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+            self.generation_defaults = generation_config.defaults(raw, str(generation))
+        facts = read_facts(directory)
+        end_ids += facts.end_ids
+        for i in end_ids:
+            if not 0 <= i < rows:
+                raise ValueError(f"{directory}: end id {i} (generation config or tokenizer) is outside the {rows} rows")
+        self.end_ids = tuple(dict.fromkeys(end_ids))
+        if facts.size is not None:
+            if facts.size > rows:
+                raise ValueError(f"{directory}: the tokenizer has {facts.size} tokens, the embedding {rows} rows")
+            self.vocab_size = facts.size
 
     # -- what the engine reads ----------------------------------------------------------------------------------
 
@@ -261,8 +162,6 @@ class LLaDA(nn.Module):
             FileNotFoundError: the model has no directory, or there is no tokenizer in it.
         """
         if self._tokenizer is None:
-            from dllm_engine.tokenizer import load_tokenizer
-
             self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
 

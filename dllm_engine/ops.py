@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dllm_engine import backends
 from dllm_engine.noise import LARGEST
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import MAX_FILTER, Rule, Step
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 MAX_PROBES = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

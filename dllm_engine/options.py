@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_engine import backends, generation_config, inputs, policies
+from dllm_engine import backends, checks, generation_config, inputs, policies
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
@@ -87,8 +87,8 @@ class Options:
         if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"model: weights of {model.dtype} given; float32, bfloat16 or float16 is needed")
         cache = Cache.of(cache)
-        inputs.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
-        inputs.check_count("gen_length", gen_length)
+        checks.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
+        checks.check_count("gen_length", gen_length)
         if isinstance(policy, str):
             text = PolicyText.parse(policy)
             steps, policy = text.steps(gen_length, steps), text.make(model)

@@ -6,13 +6,11 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dllm_engine import policies
+from dllm_engine.config import ModelFacts
 from dllm_engine.policies import Policy, Threshold, TopK
-
-if TYPE_CHECKING:
-    from dllm_engine.model import LLaDA
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class PolicyText:
         _make(name, first, *more)
         return cls(name, first, None, tuple(more))
 
-    def make(self, model: LLaDA) -> Policy | str:
+    def make(self, model: ModelFacts) -> Policy | str:
         """The policy for `decode`; a bare name stays a name.
 
         Raises:

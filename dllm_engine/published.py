@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dllm_engine.jsonl import numbered
 from dllm_engine.tasks import Sample, lists
 
 BENCHMARKS = ("parallelbench", "gsm8k")
@@ -234,10 +236,6 @@ _SCORERS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
 
 def _rows(file: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
     """The file's first ``limit`` rows with their line numbers."""
-    from itertools import islice
-
-    from dllm_engine.samples import numbered  # imports this module
-
     if file.is_dir():
         raise ValueError(f"{file}: a directory given; a file of JSON lines is needed")
     with open(file, encoding="utf-8") as lines:

@@ -17,8 +17,8 @@ from torch import Tensor
 from dllm_engine import features
 
 if TYPE_CHECKING:
-    from dllm_engine.reference import RowStats
     from dllm_engine.state import BlockState
+    from dllm_engine.stats import RowStats
 
 _INF = float("inf")
 MAX_FILTER = 128  # units; kernels keep a filter's hidden layer on the chip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_engine import published, tasks
+from dllm_engine.jsonl import numbered
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -100,28 +100,6 @@ def _plain(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
     messages = row.get("messages")
     about = {"messages": messages} if messages else {}
     return tasks.Sample(EXACT, messages[-1]["content"] if messages else row["prompt"], row["answer"], about)
-
-
-def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """JSON objects of the lines that are not empty, with their line numbers.
-
-    Raises:
-        ValueError: another line; says where.
-    """
-    try:
-        for number, line in enumerate(lines, 1):
-            text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
-            yield number, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 ({error})") from None
 
 
 def _with_prompt(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:

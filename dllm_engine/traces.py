@@ -25,8 +25,8 @@ from dllm_engine.config import read_json
 from dllm_engine.decode import decode
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Oracle
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 INDEX_FILE = "traces.json"
 FIELDS = ("log_odds", "margin", "entropy")  # float32; then the booleans and the prompt

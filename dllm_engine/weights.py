@@ -1,16 +1,14 @@
-"""Reading weights: safetensors on disk, or the tensors of a loaded transformers module. Nothing is unpickled."""
+"""Weights: read from safetensors, or shared with a loaded transformers module. Nothing is unpickled."""
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dllm_engine.config import LLaDAConfig, read_json
-from dllm_engine.model import LLaDA
+from dllm_engine.config import read_json
 
 PREFIX = "model.transformer."  # checkpoint name = PREFIX + the name in our module
 HEAD = "ff_out.weight"
@@ -19,58 +17,41 @@ _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joi
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load_pretrained(path: str | Path, *, device: str | torch.device | None, dtype: str | torch.dtype | None) -> LLaDA:
-    """See `LLaDA.from_pretrained`."""
-    target_dtype = _float_dtype(dtype)
-    target = _device(device)
-    directory = _find(path)
-    config = LLaDAConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
-    shards = _shards(directory)
-    model = _empty(config)
-    tensors = _read(shards, model, config, target, target_dtype)
-    _assign(model, tensors)
-    _describe(model, directory)
-    return model
+def load_(module: nn.Module, directory: Path, *, tied: bool, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give a module made on the meta device the weights of a checkpoint, in ``dtype`` or the checkpoint's own.
+
+    Args:
+        tied: whether the LM head is the embedding.
+
+    Raises:
+        FileNotFoundError, ValueError: the files are not all there, or hold something else than the module needs.
+    """
+    _assign(module, _read(_shards(directory), module, tied, device, dtype))
 
 
-def share_transformers(module: nn.Module, vocab_size: int | None) -> LLaDA:
-    """See `LLaDA.from_transformers`."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
-    raw = getattr(module, "config", None)
-    if raw is None or not hasattr(raw, "to_dict"):
-        raise ValueError(f"model: {type(module).__name__} has no transformers config; a loaded LLaDAModelLM is needed")
-    config = LLaDAConfig.from_dict(raw.to_dict(), f"{type(module).__name__}.config")
-    model = _empty(config)
-    given = {n.removeprefix(PREFIX): p.detach() for n, p in module.named_parameters() if n.startswith(PREFIX)}
-    if config.weight_tying and HEAD in given and given[HEAD].data_ptr() == given["wte.weight"].data_ptr():
+def share_(module: nn.Module, other: nn.Module, *, tied: bool) -> None:
+    """Give a module made on the meta device the tensors of another one, of transformers, that is loaded.
+
+    Raises:
+        ValueError: other tensors than the module needs, or of several dtypes.
+    """
+    given = {n.removeprefix(PREFIX): p.detach() for n, p in other.named_parameters() if n.startswith(PREFIX)}
+    if tied and HEAD in given and given[HEAD].data_ptr() == given["wte.weight"].data_ptr():
         del given[HEAD]
-    _match(model, {name: tuple(t.shape) for name, t in given.items()}, type(module).__name__)
+    _match(module, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
     floats = {t.dtype for t in given.values()}
     if len(floats) != 1 or not floats <= set(_STORED.values()):
         raise ValueError(f"model: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
-    _assign(model, given)
-    name = getattr(raw, "_name_or_path", "") or ""
-    _describe(model, Path(name) if name and Path(name).is_dir() else None)
-    if vocab_size is not None:
-        if not 0 < vocab_size <= config.embedding_size:
-            raise ValueError(f"vocab_size: {vocab_size} given; 1 to {config.embedding_size} (embedding rows) allowed")
-        model.vocab_size = vocab_size
-    return model
+    _assign(module, given)
 
 
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, LLaDA] = weakref.WeakKeyDictionary()
+def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Weights that lie as `load_` lays them, and are anything."""
+    _assign(module, _allocate({name: tuple(p.shape) for name, p in module.named_parameters()}, device, dtype))
 
 
-def wrapped(module: nn.Module) -> LLaDA:
-    """`share_transformers`, kept with its engine while the module lives and its tensors are the same."""
-    kept = _WRAPPED.get(module) if isinstance(module, nn.Module) else None
-    if kept is None or _addresses(kept, "") != _addresses(module, PREFIX):
-        kept = _WRAPPED[module] = share_transformers(module, None)
-    return kept
-
-
-def _addresses(module: nn.Module, prefix: str) -> dict[str, int]:
+def addresses(module: nn.Module, prefix: str = "") -> dict[str, int]:
+    """Where the parameters under a prefix lie, by the rest of their names."""
     named = ((n, p) for n, p in module.named_parameters() if n.startswith(prefix))
     return {n.removeprefix(prefix): p.data_ptr() for n, p in named}
 
@@ -78,7 +59,8 @@ def _addresses(module: nn.Module, prefix: str) -> dict[str, int]:
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-def _find(path: str | Path) -> Path:
+def find(path: str | Path) -> Path:
+    """Directory of a checkpoint, by path or hub id; see `LLaDA.from_pretrained`."""
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
@@ -122,7 +104,7 @@ def _shards(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _read(
-    shards: dict[Path, list[str] | None], model: LLaDA, config: LLaDAConfig, device: torch.device, dtype: Any
+    shards: dict[Path, list[str] | None], module: nn.Module, tied: bool, device: torch.device, dtype: Any
 ) -> dict[str, Tensor]:
     """Copy tensor by tensor out of the memory-mapped shards, so that beside the weights one tensor is held at most."""
     from safetensors import SafetensorError, safe_open
@@ -145,14 +127,14 @@ def _read(
                 raise ValueError(f"{file}: {full} is stored as {part.get_dtype()}; supported: {', '.join(_STORED)}")
             stored[name], shapes[name] = (file, full), tuple(part.get_shape())
 
-    if config.weight_tying and HEAD in stored and "wte.weight" in stored:
+    if tied and HEAD in stored and "wte.weight" in stored:
         head, embedding = (files[stored[n][0]].get_tensor(stored[n][1]) for n in (HEAD, "wte.weight"))
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise ValueError("config.json says weight_tying true, but the stored LM head differs from the embedding")
         del stored[HEAD], shapes[HEAD]
-    if not config.weight_tying and HEAD not in stored and "wte.weight" in stored:
+    if not tied and HEAD not in stored and "wte.weight" in stored:
         raise ValueError(f"config.json says weight_tying false, but {PREFIX}{HEAD} (the LM head) is not in the weights")
-    _match(model, shapes, "the checkpoint")
+    _match(module, shapes, "the checkpoint")
 
     file, full = stored["wte.weight"]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
@@ -181,20 +163,8 @@ def _allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: t
 # -- module ---------------------------------------------------------------------------------------------------------
 
 
-def _empty(config: LLaDAConfig) -> LLaDA:
-    with torch.device("meta"):
-        return LLaDA(config)
-
-
-def uninitialised(config: LLaDAConfig, device: torch.device, dtype: torch.dtype) -> LLaDA:
-    """A model whose weights lie as `load_pretrained` lays them, and are anything."""
-    model = _empty(config)
-    _assign(model, _allocate({name: tuple(p.shape) for name, p in model.named_parameters()}, device, dtype))
-    return model
-
-
-def _match(model: LLaDA, shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+def _match(module: nn.Module, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing:
         instead = f"; {unknown[0]}, which it has, is none of this model's" if unknown else ""
@@ -208,41 +178,17 @@ def _match(model: LLaDA, shapes: dict[str, tuple[int, ...]], source: str) -> Non
             )
 
 
-def _assign(model: LLaDA, tensors: dict[str, Tensor]) -> None:
+def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
-    model.load_state_dict(parameters, assign=True)
-    model.eval().requires_grad_(False)
+    module.load_state_dict(parameters, assign=True)
+    module.eval().requires_grad_(False)
 
 
-def _describe(model: LLaDA, directory: Path | None) -> None:
-    """Vocabulary, end ids (config first, then what generation config and tokenizer add) and defaults of `decode`."""
-    from dllm_engine import generation_config
-    from dllm_engine.tokenizer import read_facts
-
-    model.path = directory
-    if directory is None:
-        return
-    rows = model.config.embedding_size
-    end_ids = list(model.config.eos_token_ids)
-    generation = directory / generation_config.FILE
-    if generation.exists():
-        raw = read_json(generation)
-        eos = raw.get("eos_token_id")
-        end_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        model.generation_defaults = generation_config.defaults(raw, str(generation))
-    facts = read_facts(directory)
-    end_ids += facts.end_ids
-    for i in end_ids:
-        if not 0 <= i < rows:
-            raise ValueError(f"{directory}: end id {i} (generation config or tokenizer) is outside the {rows} rows")
-    model.end_ids = tuple(dict.fromkeys(end_ids))
-    if facts.size is not None:
-        if facts.size > rows:
-            raise ValueError(f"{directory}: the tokenizer has {facts.size} tokens, the embedding {rows} rows")
-        model.vocab_size = facts.size
+# -- where and in what type -----------------------------------------------------------------------------------------
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None) -> torch.device:
+    """A device by name; a GPU if there is one, else the CPU, without."""
     cuda = torch.cuda.is_available()
     if device is None:
         return torch.device("cuda" if cuda else "cpu")
@@ -257,7 +203,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-def _float_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A float type by name."""
     if dtype is None or dtype in _FLOATS.values():
         return dtype  # type: ignore[return-value]
     name = str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dllm_engine import backends, native
 from dllm_engine.backends import BACKENDS, Backend
-from dllm_engine.reference import RowStats
+from dllm_engine.stats import RowStats
 
 SHAPES = [(64, 127), (128, 4096), (512, 32003), (4096, 126464)]  # (D, V)
 ROWS = [0, 1, 3, 32, 257]

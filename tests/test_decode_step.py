@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dllm_engine import LearnedFilter, features, ops
 from dllm_engine.policies import Factor, Learn2PD, Threshold, TopK, as_rule
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import Rule
 from dllm_engine.state import DecodeState
+from dllm_engine.stats import RowStats
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy on lanes that are masked

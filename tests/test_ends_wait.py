@@ -16,8 +16,9 @@ from torch import Tensor
 from dllm_engine import LLaDA, decode, ops, policies
 from dllm_engine.filter import LearnedFilter
 from dllm_engine.policies import FreeDave, Learn2PD, Policy, Threshold
-from dllm_engine.reference import RowStats, commit_
+from dllm_engine.reference import commit_
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy on lanes that are masked

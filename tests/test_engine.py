@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dllm_engine import Engine, Generated, LearnedFilter, LLaDA, buffers, decode
 from dllm_engine.policies import Factor, Learn2PD, Oracle, Policy, Random, Threshold
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 from dllm_engine.tokenizer import encode_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -97,15 +97,14 @@ def test_prefix_and_dual_are_views_of_the_same_bytes(model: LLaDA) -> None:
 def test_the_engine_of_decode_grows_and_is_kept() -> None:
     model = tiny_model(seed=5)
     decode(model, [[4, 5]], **SHORT)
-    engine = model._engine
-    assert engine is not None
+    engine = Engine.kept(model)
     small = engine.nbytes
     decode(model, some_prompts(4), **SHORT)
     grown, at = engine.nbytes, addresses(engine)
     assert small < grown
     decode(model, [[4, 5]], **SHORT)
     decode(model, [list(range(2, 40))], **SHORT)  # longer, but fewer: the same bytes in another shape
-    assert model._engine is engine
+    assert Engine.kept(model) is engine
     assert addresses(engine) == at
     decode(model, some_prompts(4), cfg_scale=0.5, **SHORT)
     assert engine.nbytes > grown
@@ -115,8 +114,7 @@ def test_a_model_with_an_engine_can_be_copied_and_dies_with_its_last_name() -> N
     model = tiny_model(seed=5)
     decode(model, [[4, 5]], **SHORT)
     other = copy.deepcopy(model)
-    assert other._engine is None
-    assert model._engine is not None
+    assert Engine.kept(other).nbytes < Engine.kept(model).nbytes  # it did not come along
     gc.disable()
     try:
         gone = weakref.ref(model)

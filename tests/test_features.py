@@ -12,7 +12,7 @@ from test_reference import make_state
 
 from dllm_engine import LearnedFilter, decode, features, rules
 from dllm_engine.policies import Learn2PD
-from dllm_engine.reference import RowStats
+from dllm_engine.stats import RowStats
 
 # A block of six: two decided, log-odds beyond both clamps, a tie for the least.
 ODDS = [-1.0, 99.0, -20.0, 6.0, 14.0, -20.0]

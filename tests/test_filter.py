@@ -20,8 +20,8 @@ from torch import Tensor
 from dllm_engine import LearnedFilter, LLaDA, decode, features
 from dllm_engine.filter import model_ids
 from dllm_engine.policies import Learn2PD, as_rule
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 PUBLISHED = Path(__file__).parent / "golden" / "filter.safetensors"
 

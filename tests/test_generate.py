@@ -11,7 +11,7 @@ from conftest import tiny_model
 from torch import nn
 
 import dllm_engine as dllm
-from dllm_engine import LLaDA, decode
+from dllm_engine import Engine, LLaDA, decode
 
 PROMPTS = [[7, 3, 22, 41], [59, 12, 5, 30]]  # the second holds the mask id
 
@@ -153,22 +153,21 @@ def test_a_transformers_module_keeps_its_engine_while_its_tensors_stay(model: LL
 
     from conftest import tiny_config
 
-    from dllm_engine.weights import wrapped
-
     module = LikeTransformers(copy.deepcopy(model), tiny_config(eos_token_id=[1, 2]))
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": "threshold"}
     first = decode(module, PROMPTS, **settings).sequences
-    kept = wrapped(module)
-    assert kept._engine is not None
-    assert wrapped(module) is kept
+    kept = Engine.kept(module)
+    assert kept.nbytes > 0
+    assert Engine.kept(module) is kept
     with torch.no_grad():
         module.model.transformer.ff_out.weight.mul_(-1)  # in place: the shared tensor is the same one
-    assert wrapped(module) is kept
+    assert Engine.kept(module) is kept
     second = decode(module, PROMPTS, **settings).sequences
     assert not torch.equal(first, second)
     module.model.transformer.ff_out.weight = nn.Parameter(model.lm_head.clone(), requires_grad=False)
     assert torch.equal(decode(module, PROMPTS, **settings).sequences, first)
-    gone = weakref.ref(wrapped(module))
+    assert Engine.kept(module) is not kept
+    gone = weakref.ref(Engine.kept(module))
     del module, kept
     gc.collect()
     assert gone() is None

@@ -13,7 +13,7 @@ import torch
 from cases import SLOWLY
 from conftest import ending_model
 
-from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs, weights
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
 from dllm_engine.buffers import Buffers
 from dllm_engine.graphs import BlockCalls, Kept
 from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold, TopK
@@ -191,7 +191,7 @@ def test_biases_that_changed_in_place_are_read_by_graphs_of_before(
 ) -> None:
     torch.manual_seed(0)  # biases
     source = ending_model(include_qkv_bias=True)
-    model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+    model = LLaDA.uninitialised(source.config, torch.device("cpu"), torch.float32)
     model.load_state_dict(source.state_dict())
     assert all(model.joined_weights())
     settings: dict[str, Any] = {"end_of_text": "off", "policy": Threshold(0.5)}
@@ -304,7 +304,7 @@ def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.
     torch.manual_seed(0)  # biases
     model = source = ending_model(**sizes, include_qkv_bias=True)
     if layers != "apart":
-        model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+        model = LLaDA.uninitialised(source.config, torch.device("cpu"), torch.float32)
         model.load_state_dict(source.state_dict())
     monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
@@ -331,7 +331,7 @@ def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.
 def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has graphs of its own on the same buffers; rows too wide for the norm go the other way."""
     source = ending_model(d_model=32, n_heads=2, n_kv_heads=2)
-    model = weights.uninitialised(source.config, torch.device("cpu"), torch.float32)
+    model = LLaDA.uninitialised(source.config, torch.device("cpu"), torch.float32)
     model.load_state_dict(source.state_dict())
     calls: list[bool] = []
     hidden_states = LLaDA.hidden_states

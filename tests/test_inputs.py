@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 
 from dllm_engine import LLaDA, decode
-from dllm_engine.inputs import seeds_of
+from dllm_engine.checks import seeds_of
 from dllm_engine.policies import Factor, Learn2PD, Threshold
 
 

@@ -18,9 +18,9 @@ from conftest import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_engine import LLaDA, weights
+from dllm_engine import LLaDA
 from dllm_engine.kv_cache import KVCache, LayerCache
-from dllm_engine.model import RMSNorm, apply_rope
+from dllm_engine.layers import RMSNorm, apply_rope
 
 pytest.importorskip("triton")
 import triton.language as tl
@@ -286,7 +286,7 @@ def joined_model(device: str, dtype: torch.dtype, **changes: Any) -> LLaDA:
     for name, parameter in source.named_parameters():
         if parameter.ndim == 1:
             parameter += 0.3 * data(*parameter.shape, dtype=torch.float32, device="cpu", seed=len(name))
-    model = weights.uninitialised(source.config, torch.device(device), dtype)
+    model = LLaDA.uninitialised(source.config, torch.device(device), dtype)
     model.load_state_dict(source.state_dict())
     assert all(model.joined_weights())
     return model

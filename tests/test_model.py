@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dllm_engine.model import RMSNorm, one_behind_the_other
+from dllm_engine.layers import RMSNorm, one_behind_the_other
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,23 @@ def test_import_needs_torch_numpy_and_safetensors_only() -> None:
     ).stdout.split()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= set(without)
+
+
+def test_imports_point_one_way() -> None:
+    """No module takes anything, late or for an annotation, from one that needs it."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in (ROOT / "dllm_engine").rglob("*.py")
+    }
+    needs: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in files:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                if not whole & {"dllm_engine._cpu", "dllm_engine._cuda"}:
+                    needs[name] |= whole & files.keys() or {node.module}
+    assert needs["dllm_engine.engine"] >= {"dllm_engine.loop", "dllm_engine.model"}
+    TopologicalSorter(needs).prepare()  # CycleError names a circle
 
 
 def test_make_targets_and_extras_that_the_wheel_needs() -> None:

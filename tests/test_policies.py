@@ -26,9 +26,10 @@ from dllm_engine.policies import (
     TopK,
     WeDLM,
 )
-from dllm_engine.reference import RowStats, commit_
+from dllm_engine.reference import commit_
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 END = 1
 GEN = 24

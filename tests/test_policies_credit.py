@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dllm_engine.policies import Credit
 from dllm_engine.policies.base import decide_
-from dllm_engine.reference import RowStats
 from dllm_engine.state import DecodeState
+from dllm_engine.stats import RowStats
 
 
 def stats_of(logits: np.ndarray, probes: Tensor, undecided: Tensor) -> RowStats:

@@ -27,8 +27,8 @@ from dllm_engine.policies import (
     RunLength,
     WeDLM,
 )
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 PROMPTS = ["Copy: 0 Ann Lee, 1 Tom Hill", "Reverse: 0 Alan Wells, 1 Grace Wright"]
 

@@ -13,9 +13,9 @@ from test_policies import committed, make_block, make_stats, odds_of
 
 from dllm_engine import decode
 from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, FreeDave, Oracle, Prophet, TokenEditing
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 DOT = 7
 EVEN = least_log_odds(0.5)  # the least whose confidence is 0.5 in float32

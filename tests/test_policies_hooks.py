@@ -24,7 +24,7 @@ from dllm_engine.policies import (
     Threshold,
     TokenEditing,
 )
-from dllm_engine.reference import RowStats
+from dllm_engine.stats import RowStats
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44]]

@@ -196,7 +196,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
 def score(device: Any, rows: int, dim: int = 448, vocab: int = 700) -> None:
     """Statistics of so many rows, against float64."""
     from dllm_engine.kernels import decode_step
-    from dllm_engine.reference import RowStats
+    from dllm_engine.stats import RowStats
 
     hidden, head = matrices(rows, dim, vocab, torch.bfloat16, peak=3.0)
     index, none = torch.arange(rows, dtype=torch.int32), torch.empty(0, dtype=torch.int64)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dllm_engine import noise, reference
-from dllm_engine.reference import RowStats, commit_, row_stats
+from dllm_engine.reference import commit_, row_stats
 from dllm_engine.state import DecodeState
+from dllm_engine.stats import RowStats
 
 BOUND = 1e-4
 

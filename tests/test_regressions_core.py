@@ -16,8 +16,8 @@ from dllm_engine import Engine, LearnedFilter, LLaDA, decode, end_of_text, gener
 from dllm_engine.graphs import BlockCalls
 from dllm_engine.options import Options
 from dllm_engine.policies import RULES, AdaBlock, Credit, FreeDave, Learn2PD, Policy, Prophet, Threshold, TokenEditing
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 PROMPTS = [[7, 3, 22, 41], [12], [5, 5, 9], [3, 4, 5, 6, 7]]
 

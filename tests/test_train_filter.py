@@ -15,8 +15,8 @@ from test_weights import save
 
 from dllm_engine import LearnedFilter, LLaDA, cli, decode, features, traces, train_filter
 from dllm_engine.policies import Learn2PD
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 PROMPTS = [[7, 3, 22, 41], [12], [9, 8, 7], [5, 5], [30, 31, 32]]
 SETTINGS: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": "dual", "end_of_text": "off"}

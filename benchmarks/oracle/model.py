@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.kv_cache import LayerCache
-from dllm_engine.model import Joined
+from dllm_engine.layers import Joined
 from dllm_engine.noise import philox
 
 from .tasks import Task

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_engine import inputs, likelihood
+from dllm_engine import checks, likelihood
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
@@ -86,15 +86,15 @@ class DLLMEngine(TemplateLM):
             raise ValueError(f"model_args: {', '.join(sorted(unknown))} given; known: {', '.join(sorted(known))}")
         length = 1 if max_length is None else max_length
         for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", length)):
-            inputs.check_count(name, int(value) if str(value).isdigit() else value)
+            checks.check_count(name, int(value) if str(value).isdigit() else value)
         path, dtype = (DEMO_MODEL, dtype or "float32") if pretrained == "demo" else (pretrained, dtype)
         self.model = LLaDA.from_pretrained(path, device=device, dtype=dtype)
         self.tokenizer, self._device = self.model.tokenizer, self.model.device
         self.batch_size, self.mc_num, self.is_check_greedy = int(batch_size), int(mc_num), is_check_greedy
         longest = self.model.config.max_sequence_length
         self.max_length, self.gen_length = min(max_length or longest, longest), gen_length
-        self.seed = inputs.check_seeds(seed, 1)[0]
-        inputs.check_count("block_length", self._option("block_length"))
+        self.seed = checks.check_seeds(seed, 1)[0]
+        checks.check_count("block_length", self._option("block_length"))
         resolved = Options.resolve(self.model, longest_prompt=1, gen_length=self._lengths({})[1], **self.options)
         self.settings = {name: value for name, value in resolved.told([self.seed]).items() if name != "gen_length"}
         self.generated: defaultdict[str, Counter[str]] = defaultdict(Counter)

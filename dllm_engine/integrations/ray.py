@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dllm_engine import inputs
+from dllm_engine import checks, inputs
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
@@ -79,7 +79,7 @@ def decode_dataset(
         fn_constructor_kwargs={
             "model": absolute(model),
             "batch_size": batch_size,
-            "seed": inputs.check_seeds(seed, 1)[0],
+            "seed": checks.check_seeds(seed, 1)[0],
             "chat": chat if chat is not None else model is None,
             "device": device,
             "dtype": dtype,
@@ -179,7 +179,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"options: {unknown[0]!r} given; known: {', '.join(DEFAULTS)}")
     given = {name: value for name, value in options.items() if value is not None}
     every = DEFAULTS | given
-    inputs.check_options(**{name: every[name] for name in ("end_of_text", "temperature", "cfg_scale")})
+    checks.check_options(**{name: every[name] for name in ("end_of_text", "temperature", "cfg_scale")})
     Cache.of(every["cache"])
     if isinstance(every["policy"], str):
         text = PolicyText.parse(every["policy"])

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dllm_engine import generation_config, inputs, policies
+from dllm_engine import checks, generation_config, policies
 from dllm_engine.integrations.serve_errors import ApiError, refused
 from dllm_engine.integrations.serve_protocol import ChatRequest, Request
 from dllm_engine.integrations.serve_text import Answer
@@ -62,7 +62,7 @@ class Settings:
         """What is wrong without a model raises TypeError or ValueError."""
         for name in ("max_batch", "block_length", "max_queue", "max_body", "max_length", "max_tokens", "gen_length"):
             if (value := getattr(self, name)) is not None:
-                inputs.check_count(name, value)
+                checks.check_count(name, value)
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout: {self.timeout} given; a finite number, more than 0 seconds, is needed")
         if self.api_key is not None and not self.api_key.strip():
@@ -140,7 +140,7 @@ class Planner:
             self._check(request, prompt)
         gen_length = -(-limit // block) * block
         try:
-            options, seeds = self._options(request, gen_length), inputs.check_seeds(request.seed, len(prompts))
+            options, seeds = self._options(request, gen_length), checks.check_seeds(request.seed, len(prompts))
         except (ValueError, TypeError) as error:
             raise refused(error, _FIELDS, None if request.policy is None else "policy") from None
         except OSError:

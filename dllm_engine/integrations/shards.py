@@ -8,8 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dllm_engine import inputs
-from dllm_engine.samples import COLUMNS, check_columns, numbered, prompt_rows
+from dllm_engine import checks
+from dllm_engine.jsonl import numbered
+from dllm_engine.samples import COLUMNS, check_columns, prompt_rows
 
 SETTINGS_FILE = "settings.json"
 
@@ -99,7 +100,7 @@ class Shards:
                 raise ValueError(
                     f"output: {self._output} holds part-*.jsonl, but no {SETTINGS_FILE} that tells how made"
                 )
-            return {"seed": inputs.check_seeds(seed, 1)[0]} | settings
+            return {"seed": checks.check_seeds(seed, 1)[0]} | settings
         held = json.loads(file.read_text(encoding="utf-8"))
         given = {"seed": held["seed"] if seed is None else seed} | settings
         for name in held | given:

@@ -6,10 +6,10 @@ import warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from dllm_engine.config import ModelFacts
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
 from dllm_engine.policies.adablock import AdaBlock
 from dllm_engine.policies.base import HOOKS, Policy, RulePolicy
@@ -31,9 +31,6 @@ from dllm_engine.policies.threshold import Factor, Threshold
 from dllm_engine.policies.topk import Random, TopK
 from dllm_engine.policies.wedlm import WeDLM
 from dllm_engine.rules import MAX_FILTER, Rule
-
-if TYPE_CHECKING:
-    from dllm_engine.model import LLaDA
 
 __all__ = [
     "CAD", "RULES", "AdaBlock", "Credit", "Entropy", "ExploreExploit", "Factor", "FreeDave", "Hierarchical", "Learn2PD",
@@ -57,7 +54,7 @@ def names() -> list[str]:
     return list(RULES)
 
 
-def resolve(policy: Policy | str, model: LLaDA, *, block_length: int, cache: str) -> Policy:
+def resolve(policy: Policy | str, model: ModelFacts, *, block_length: int, cache: str) -> Policy:
     """A checked policy object from an object, a name or ``"auto"``.
 
     ``"auto"`` is Learn2PD with the filter that lies beside the model's ``config.json``, else ``Threshold(0.9)``; a
@@ -88,7 +85,7 @@ def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | N
     return None if rule is None or rule.filter_length > MAX_FILTER else replace(rule, ends_wait=policy.ends_wait)
 
 
-def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:
+def _auto(model: ModelFacts, block_length: int, cache: str) -> Policy:
     if model.path is None or not (model.path / FILTER_FILE).exists():
         return Threshold()
     try:
@@ -100,7 +97,7 @@ def _auto(model: LLaDA, block_length: int, cache: str) -> Policy:
     return policy
 
 
-def _shipped_filter(model: LLaDA) -> LearnedFilter:
+def _shipped_filter(model: ModelFacts) -> LearnedFilter:
     if model.path is None or not (model.path / FILTER_FILE).exists():
         raise ValueError(
             f"policy: 'learn2pd' by name needs {FILTER_FILE} beside the model's config.json; "

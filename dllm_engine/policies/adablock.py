@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_engine.config import ModelFacts
 from dllm_engine.policies.base import Policy, in_range, whole
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 
 class AdaBlock(Policy):
@@ -48,7 +49,7 @@ class AdaBlock(Policy):
         self.delimiters = tuple(delimiters)
         self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
 
-    def check(self, model: Any, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
         ids = [d for d in self.delimiters if isinstance(d, int)]
         for i in ids:
             if not 0 <= i < model.vocab_size:

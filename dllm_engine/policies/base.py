@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from dllm_engine.config import ModelFacts
 from dllm_engine.noise import LARGEST
-from dllm_engine.reference import RowStats, commit_
+from dllm_engine.reference import commit_
 from dllm_engine.rules import Rule, select
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 
 def _is_finite(name: str, value: float, largest: float) -> bool:
@@ -54,15 +56,12 @@ class Policy:
     """
 
     name: str
-    reads_decided = (
-        True  # False where `score` and `select` ignore the statistics of decided positions: saves their rows
-    )
+    reads_decided = True  # False where `score` and `select` ignore the statistics of decided positions: saves rows
     greedy = False  # True where a temperature would not mean anything
     drafts = 1  # canvases that a call inside a block computes for each sequence, see `FreeDave.propose`
-    ends_wait = (
-        False  # True where an end id is committed only if nothing before it stays undecided in what a call sees:
-    )
-    # then the text before an end never depends on what is behind it, and end of text "committed" changes no answer
+    # True where an end id is committed only if nothing before it stays undecided in what a call sees: then the text
+    # before an end never depends on what is behind it, and end of text "committed" changes no answer.
+    ends_wait = False
     of_one_batch = False  # True where the rule knows something of each sequence of its batch: not for `generate_many`
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
@@ -112,7 +111,7 @@ class Policy:
         """Steps of the static schedule when the caller gives none; None means a quota of one position a step."""
         return None
 
-    def check(self, model: object, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
         """Raise ValueError before the first forward pass if the rule cannot run with these settings."""
 
     def begin(self, state: DecodeState) -> None:

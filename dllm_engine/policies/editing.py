@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dllm_engine.policies.base import Policy, in_range, whole
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 
 class TokenEditing(Policy):

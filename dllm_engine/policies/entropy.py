@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dllm_engine.policies.base import Policy, in_range
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 
 class Entropy(Policy):

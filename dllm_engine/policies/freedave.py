@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllm_engine.config import ModelFacts
 from dllm_engine.policies.base import HOOKS, Policy, whole
 from dllm_engine.policies.topk import TopK
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import ranking
 from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 _DRAFTS, _MOST_DRAFTS = 8, 64
 
@@ -55,7 +56,7 @@ class FreeDave(Policy):
     def default_steps(self, gen_length: int) -> int | None:
         return self.rule_.default_steps(gen_length)
 
-    def check(self, model: object, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
         # more than a block has positions gain nothing, and one request must not fill a server's memory
         most = min(max(block_length, _DRAFTS), _MOST_DRAFTS)
         if self.drafts > most:

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.policies.base import Policy, in_range
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import least_log_odds, ranking
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 
 class Hierarchical(Policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dllm_engine.config import ModelFacts
 from dllm_engine.filter import DEFAULT_THRESHOLD, LearnedFilter
 from dllm_engine.policies.base import RulePolicy, in_range
 from dllm_engine.rules import Rule, by_filter
@@ -42,5 +43,5 @@ class Learn2PD(RulePolicy):
             position=self.filter.kind == "position",
         )
 
-    def check(self, model: object, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
         self.filter.check(model, block_length=block_length, cache=cache)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_engine.policies.topk import TopK
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 
 class Margin(TopK):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dllm_engine.policies.base import Policy, in_range
-from dllm_engine.reference import RowStats
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 
 class RunLength(Policy):

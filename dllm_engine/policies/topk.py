@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dllm_engine.noise import uniform_scores
 from dllm_engine.policies.base import RulePolicy
-from dllm_engine.reference import RowStats
 from dllm_engine.rules import Rule, by_bounds
 from dllm_engine.state import BlockState
+from dllm_engine.stats import RowStats
 
 
 class TopK(RulePolicy):

@@ -1,0 +1,162 @@
+"""A layer of LLaDA's transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU.
+
+The module names are the checkpoint's own, so the name map is one prefix (`weights.PREFIX`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm_engine.config import LLaDAConfig
+
+if TYPE_CHECKING:
+    from dllm_engine.kv_cache import LayerCache
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32; cast back *before* the weight is applied, as LLaDA was trained."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves (NeoX style) in float32. x [B, H, S, Dh]; cos, sin [B, 1, S, Dh]."""
+    x32 = x.float()
+    left, right = x32.chunk(2, dim=-1)
+    return (x32 * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Not initialised on the meta device, where torch would import its compiler for it: 0.07 GB and a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """See `Linear`."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Joined(NamedTuple):
+    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D]."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    gate_up: Tensor
+
+
+def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
+    """The matrix [Σ rows, D] that these are the rows of, in one storage and in this order; None if they are not.
+
+    Found anew for every decode: nothing has to be kept in step when weights are moved, replaced or trained.
+    """
+    first, at = matrices[0], matrices[0].storage_offset()
+    for matrix in matrices:
+        together = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (together and matrix.is_contiguous() and matrix.dtype == first.dtype and matrix.storage_offset() == at):
+            return None
+        at += matrix.numel()
+    rows = sum(len(matrix) for matrix in matrices)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
+        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.n_heads, config.n_kv_heads
+        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_proj = Linear(d, d, bias=bias)
+        self.k_proj = Linear(d, kv_size, bias=bias)
+        self.v_proj = Linear(d, kv_size, bias=bias)
+        self.attn_out = Linear(d, d, bias=False)
+        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
+        self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
+        self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
+        self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
+
+    def joined(self) -> Joined | None:
+        """The matrices as they are used together, where `weights.load_` laid them one behind the other."""
+        qkv = self.q_proj, self.k_proj, self.v_proj
+        biases: list[Tensor] = [proj.bias for proj in qkv if proj.bias is not None]
+        matrices = one_behind_the_other([proj.weight for proj in qkv])
+        gate_up = one_behind_the_other([self.ff_proj.weight, self.up_proj.weight])
+        if matrices is None or gate_up is None:
+            return None
+        return Joined(matrices, torch.cat(biases) if biases else None, gate_up)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Tensor | tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
+        joined: Joined | None = None,
+    ) -> Tensor:
+        b, s, d = x.shape
+        h = self.attn_norm(x)
+        if joined is None:
+            qkv = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
+        else:
+            qkv = F.linear(h, joined.qkv, joined.bias)
+        qk, v = qkv.view(b, s, -1, self.head_dim).transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
+        q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)
+        if cache is not None:
+            k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
+        if isinstance(seen, tuple):
+            from dllm_engine.kernels.block_attention import block_attention
+
+            h = block_attention(q, k, v, *seen)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.heads != self.kv_heads)
+        x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
+        h = self.ff_norm(x)
+        if joined is None:
+            gate, up = self.ff_proj(h), self.up_proj(h)
+        else:
+            gate, up = F.linear(h, joined.gate_up).chunk(2, dim=-1)
+        return x + self.ff_out(F.silu(gate) * up)
+
+    def fused(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        bounds: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        joined: Joined,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
+
+        Returns:
+            The residual stream and what is still to be added to it.
+        """
+        from dllm_engine.kernels.block_attention import block_attention
+        from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
+
+        assert cache.columns is not None
+        assert cache.seen is not None
+        x, h = add_norm(x, delta, self.attn_norm.weight, self.attn_norm.eps)
+        qkv = F.linear(h, joined.qkv, joined.bias)
+        q = rope_write(qkv, *rope, cache.keys, cache.values, cache.columns, heads=self.heads)
+        h = block_attention(q, *cache.seen, *bounds).transpose(1, 2).flatten(2)  # a view
+        x, h = add_norm(x, self.attn_out(h), self.ff_norm.weight, self.ff_norm.eps)
+        return x, self.ff_out(silu_mul(F.linear(h, joined.gate_up)))
