@@ -55,7 +55,7 @@ BENCHMARKS = (  # in the order of what is lost if time runs out
     ("block_attention", ["block_attention.py", "--seconds", "1"], 60),
     ("scaling", ["scaling.py", "--seconds", "1", "--gen-lengths", "64", "128", "256"], 120),
 )
-TESTS = ["test_decode_step", "test_block_attention", "test_layer_kernels", "test_gpu"]
+TESTS = [f"test_{name}" for name in "row_stats decode_step block_attention layer_kernels fused_layer gpu".split()]
 STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS))
 
 
@@ -177,7 +177,7 @@ def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | No
     found = [Step("tests", [*pytest, *together, "-q", "-rfE", *chosen], 300)]
     if sanitizer:
         cases = "cuda-cuda and (ties or strides or (committed and (threshold or position)))"
-        smallest = ["-m", "gpu", "tests/test_decode_step.py", "-k", cases]
+        smallest = ["-m", "gpu", "tests/test_row_stats.py", "tests/test_decode_step.py", "-k", cases]
         # Calls that torch's libraries make in vain are no faults of a kernel. Each tensor is an allocation of its own:
         # within a larger one nothing is out of bounds.
         memcheck = ["--tool", "memcheck", "--report-api-errors", "no"]

@@ -6,7 +6,6 @@ On a CPU they are only interpreted (`test_ops.test_interpreted_triton` runs this
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,18 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, INTERPRETED, SLOWLY
-from conftest import tiny_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_engine import LLaDA
-from dllm_engine.kv_cache import KVCache, LayerCache
 from dllm_engine.layers import RMSNorm, apply_rope
 
 pytest.importorskip("triton")
 import triton.language as tl
 
-from dllm_engine.kernels import block_attention, layer
+from dllm_engine.kernels import layer
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 
 DEVICES = ["cpu"] if SLOWLY else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -272,151 +267,6 @@ def test_silu(device: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
     bound = (2.02 * half + (4 + x.abs()) * 2**-23) * truth.abs() + torch.finfo(dtype).tiny * (1 + up.double().abs())
     assert ((out.double() - truth).abs() <= bound).all()
     assert torch.equal(silu_mul(strided(gate_up)), out)
-
-
-# -- the layer ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def joined_model(device: str, dtype: torch.dtype, **changes: Any) -> LLaDA:
-    """Odd sizes, grouped heads, biases; weights as a loaded model has them."""
-    sizes = {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "mlp_hidden_size": 50, "include_qkv_bias": True}
-    torch.manual_seed(0)  # biases
-    source = tiny_model(**(sizes | changes))
-    for name, parameter in source.named_parameters():
-        if parameter.ndim == 1:
-            parameter += 0.3 * data(*parameter.shape, dtype=torch.float32, device="cpu", seed=len(name))
-    model = LLaDA.uninitialised(source.config, torch.device(device), dtype)
-    model.load_state_dict(source.state_dict())
-    assert all(model.joined_weights())
-    return model
-
-
-class BlockCall:
-    """Two sequences inside a block, as `BlockCalls._call` gives them to the model: padding, a ragged end."""
-
-    def __init__(self, model: LLaDA) -> None:
-        config, device = model.config, model.device
-        self.model, self.tokens = model, torch.tensor([[3, 59, 8, 59], [59, 7, 59, 59]], device=device)
-        columns = torch.tensor([[4, 5, 6, 7], [8, 9, 10, 11]], device=device)
-        self.bounds = torch.tensor([0, 3], device=device), torch.tensor([9, 10], device=device)
-        self.written = torch.where(columns < self.bounds[1][:, None], columns, 12)
-        self.rope = model.rope_tables((columns - self.bounds[0][:, None]).clamp_min(0))
-        shape = KVCache.shape(config, 3, 12)
-        self.before = data(*shape, dtype=torch.float32, device="cpu", seed=3).to(torch.bfloat16).to(device, model.dtype)
-        self.kv = KVCache(self.before.clone())
-
-    @torch.no_grad()
-    def run(self, fused: bool) -> Tensor:
-        rows = torch.arange(2, device=self.model.device)[:, None]
-        self.kv.data.copy_(self.before)
-        caches = [LayerCache(k[:2], v[:2], self.written, rows, (k[:2], v[:2])) for k, v in self.kv.layers]
-        joined = self.model.joined_weights()
-        seen: Any = self.bounds
-        if self.model.dtype == torch.float64:
-            every = torch.arange(13, device=self.model.device)
-            seen = ((every >= self.bounds[0][:, None]) & (every < self.bounds[1][:, None]))[:, None, None]
-        return self.model.hidden_states(self.tokens, self.rope, seen, caches, joined, fused)
-
-
-@on_devices
-@in_dtypes
-@pytest.mark.parametrize("bias", [False, True])
-def test_hidden_states(device: str, dtype: torch.dtype, bias: bool) -> None:
-    """Of a whole model: as far from float64 as eager torch is; the cache too."""
-    model = joined_model(device, dtype, include_qkv_bias=bias)
-    exact = joined_model(device, torch.float64, include_qkv_bias=bias)
-    exact.load_state_dict(model.state_dict())
-    truth, call = BlockCall(exact), BlockCall(model)
-    expected = truth.run(fused=False), truth.kv.data
-    eager, fused = (BlockCall(model) for _ in range(2))
-    errors = []
-    for call, way in ((eager, False), (fused, True)):
-        found = call.run(way), call.kv.data
-        errors.append([float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True)])
-        changed = (call.kv.data != call.before).any(-1).nonzero()
-        assert {(int(b), int(column)) for _, _, b, _, column in changed} == {
-            (b, int(column)) for b, row in enumerate(call.written.tolist()) for column in row
-        }
-    for mine, theirs in zip(*reversed(errors), strict=True):
-        assert mine <= 2 * theirs + 1e-6
-
-
-class Launch:
-    """Instead of a kernel: counts."""
-
-    def __init__(self, name: str, counts: Counter[str]) -> None:
-        self.name, self.counts = name, counts
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.counts[self.name] += 1
-
-        return launch
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch would launch: all operations but views and allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.removeprefix("aten::")
-        views = any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
-        if not views and not name.startswith(("empty", "_unsafe_view", "detach")):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="counted once is enough")
-def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers: nothing but their products, four launches of `layer` each, and attention. No copy, no cast."""
-    call = BlockCall(joined_model("cpu", torch.bfloat16, n_layers=2, include_qkv_bias=False))
-    kernels: Counter[str] = Counter()
-    for module, names in (
-        (layer, ("_add_norm", "_rope_write", "_silu_mul")),
-        (block_attention, ("_attend", "_merge")),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, Launch(name, kernels))
-    counted = {}
-    for fused in (False, True):
-        kernels.clear()
-        with Operations() as operations:
-            call.run(fused)
-        counted[fused] = operations.counts, kernels.copy()
-    torch_operations, launched = counted[True]
-    beside = {"copy_": 1, "arange": 1, "embedding": 1}  # the first two are the test's own
-    assert torch_operations == {"mm": 8} | beside
-    assert launched == {"_add_norm": 5, "_rope_write": 2, "_silu_mul": 2, "_attend": 2}  # the last norm is ln_f
-    before, after = (sum(c.total() for c in both) - sum(beside.values()) for both in counted.values())
-    assert (before, after) == (2 * 34 + 8, 2 * 9 + 1)  # the norm at the end is 8 operations, or 1
-
-
-@pytest.mark.gpu
-def test_in_a_graph() -> None:
-    """Captured once, replayed with other tokens and columns; the host waits for nothing."""
-    call, other = (BlockCall(joined_model("cuda", torch.bfloat16)) for _ in range(2))
-    call.run(True)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call.run(True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call.run(True)
-    for shift in (0, 1):
-        for one in (call, other):
-            one.tokens.copy_((one.tokens + shift) % 60)
-            one.written.copy_(torch.where(one.written < 12, (one.written - shift), 12))
-        graph.replay()
-        torch.testing.assert_close(out, other.run(True), rtol=0.02, atol=0.02)  # cuBLAS may choose another kernel
-        # which of two rows wins the spare column is open
-        torch.testing.assert_close(call.kv.data[..., :12, :], other.kv.data[..., :12, :], rtol=0.02, atol=0.02)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------

@@ -265,7 +265,15 @@ def test_the_cuda_kernel_scores_rows(monkeypatch: pytest.MonkeyPatch, rows: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tests", ["test_decode_step.py", "test_block_attention.py", "test_layer_kernels.py", "test_graphs.py -k kernels"]
+    "tests",
+    [
+        "test_row_stats.py",
+        "test_decode_step.py",
+        "test_block_attention.py",
+        "test_layer_kernels.py",
+        "test_fused_layer.py",
+        "test_graphs.py -k kernels",
+    ],
 )
 def test_kernels_as_compiled(tests: str) -> None:
     """The kernels' own tests, for both architectures beside each other; for sm_80 those of the CUDA kernel too."""
