@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_what_is_fixed_in_a_graph_has_graphs_of_its_own(
         found.append(decode(model, PROMPTS, **BASE, **given).sequences)
         assert torch.equal(found[-1], expected(model, PROMPTS, monkeypatch, **given).sequences)
     assert not torch.equal(found[0], found[1]), "both give the same: the test shows nothing"
+
+
+def test_graphs_that_are_kept_let_their_model_go(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weak(Fake):
+        def __init__(self, calls: BlockCalls, count: int) -> None:
+            super().__init__(calls, count)
+            self.calls = weakref.proxy(calls)
+
+    monkeypatch.setattr(BlockCalls, "_capture", lambda self, count: Kept(Weak(self, count), self._tensors()))
+    model = ending_model(n_kv_heads=2)
+    decode(model, PROMPTS, policy="topk", end_of_text="off", **BASE)
+    assert Fake.captures == 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize(("block_length", "by_kernel"), [(8, True), (128, True), (160, False)])
