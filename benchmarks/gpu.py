@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command: ``make gpu``, or ``python benchmarks/gpu.py``.
 
 Lists what the machine lacks, installs the package with `_cuda` for the card found into ``build/gpu``, runs the tests
-marked ``gpu``, compute-sanitizer on the smallest cases, then the benchmarks. A call ends after nine minutes, whatever
-is left; ``--only`` picks steps, so that two calls do everything. ``--output`` keeps what was printed, and the figures.
-``--dry-run`` goes to the first GPU call.
+marked ``gpu``, compute-sanitizer on the smallest cases, the benchmarks, and ncu on the kernels. A call ends after nine
+minutes, whatever is left; ``--only`` picks steps, so that two calls do everything. ``--output`` keeps what was printed,
+and the figures. ``--dry-run`` goes to the first GPU call.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ BENCHMARKS = (  # in the order of what is lost if time runs out
     ("scaling", ["scaling.py", "--seconds", "1", "--gen-lengths", "64", "128", "256"], 120),
 )
 TESTS = [f"test_{name}" for name in "row_stats decode_step block_attention layer_kernels fused_layer gpu".split()]
-STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS))
+STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS), "counters")
+# what a kernel waits for, and how much of each unit's time it uses
+SECTIONS = (
+    "SpeedOfLight MemoryWorkloadAnalysis ComputeWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats".split()
+)
 
 
 def main() -> None:
@@ -71,11 +75,11 @@ def main() -> None:
         log = args.output / "gpu.log"
     began = time.monotonic()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    sanitizer, nvcc, ncu = map(program, ("compute-sanitizer", "nvcc", "ncu"))
     print(f"python {sys.version.split()[0]}; missing modules: {', '.join(missing) or 'none'}")
     print(f"nvcc: {nvcc or 'missing: the cuda backend is left out'}")
     print(f"compute-sanitizer: {sanitizer or 'missing: its checks are left out'}")
+    print(f"ncu: {ncu or 'missing: its counters are left out'}")
     if missing:
         sys.exit(f"install first: {' '.join(missing)}")
 
@@ -118,12 +122,12 @@ def main() -> None:
     chosen = ["-m", "gpu", *(f"tests/{name}.py" for name in TESTS)]
     if args.dry_run:
         failed = run("collect the gpu tests", [*pytest, "--collect-only", "-q", *chosen])
-        for _, (script, *_), _ in BENCHMARKS:
+        for script in ("counters.py", *(script for _, (script, *_), _ in BENCHMARKS)):
             failed |= run(f"import {script}", [python, "-c", f"import {Path(script).stem}"])
         print("dry run: the next step would use the GPU")
         sys.exit(failed)
 
-    wanted = [step for step in steps(python, pytest, chosen, sanitizer) if step.name in args.only]
+    wanted = [step for step in steps(python, pytest, chosen, sanitizer, ncu) if step.name in args.only]
     if not wanted:
         sys.exit("nothing to run")
     failures = [step.name for step in wanted if run(*step)]
@@ -170,7 +174,7 @@ def tee(lines: Iterable[str], log: Path | None) -> None:
                 out.write(line)
 
 
-def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | None) -> list[Step]:
+def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | None, ncu: str | None) -> list[Step]:
     # most of their time goes to compiling hundreds of kernels, each on one core
     workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     together = workers if importlib.util.find_spec("xdist") is not None else []
@@ -186,7 +190,17 @@ def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | No
             found.append(Step(tool[1], [*before, sanitizer, *tool, *chosen_kernels, *pytest, "-q", *smallest], 90))
     for name, (script, *arguments), limit in BENCHMARKS:
         found.append(Step(name, [python, f"benchmarks/{script}", *arguments], limit))
+    if ncu:
+        counts = ["--clock-control", "none", "--profile-from-start", "off"]
+        counts += ["--kernel-name", "regex:_score_rows|decode_step_kernel|_attend"]
+        counts += [part for section in SECTIONS for part in ("--section", section)]
+        found.append(Step("counters", [ncu, *counts, python, "benchmarks/counters.py"], 100))
     return found
+
+
+def program(name: str) -> str | None:
+    """Of the CUDA toolkit, also where its directory is in no PATH."""
+    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
 
 
 def card() -> str:

@@ -218,6 +218,22 @@ def test_the_report_replaces_what_is_between_the_markers(monkeypatch: pytest.Mon
         assert all(PolicyText.parse(text).name == name for text in texts)
 
 
+def test_counters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a profiler looks at runs; and `gpu.py` hands it to the profiler that there is."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(
+        sys, "argv", ["counters.py", "--device", "cpu", "--shape", "500x32", "--backends", "cpu", "cuda"]
+    )
+    runpy.run_path(str(BENCHMARKS / "counters.py"), run_name="__main__")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "cpu, 32 rows x 500x32"
+    assert second.startswith("cuda, 32 rows: left out: ")
+    steps = runpy.run_path(str(BENCHMARKS / "gpu.py"))["steps"]
+    command = steps("python3", ["pytest"], [], None, "/bin/ncu")[-1].command
+    assert (command[0], command[-2:]) == ("/bin/ncu", ["python3", "benchmarks/counters.py"])
+    assert "counters" not in [step.name for step in steps("python3", ["pytest"], [], None, None)]
+
+
 def test_gpu_steps_are_stopped_in_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
