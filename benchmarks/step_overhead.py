@@ -29,8 +29,8 @@ from torch import Tensor
 from dllm_engine import LLaDA, decode, native, ops
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.policies import TopK
-from dllm_engine.rules import Step
 from dllm_engine.state import DecodeState
+from dllm_engine.step import Step
 
 GEN, BLOCK = 64, 32
 QUESTION = "Sort: 0 Alan Wells, 1 Grace Wright, 2 Amy Fox, 3 Louis Price, 4 Rose Stewart, 5 Martin Gonzalez"
@@ -116,13 +116,13 @@ class Bare:
             b.x.add_(b.square)
         return self.norm(b.x, model.ln_f.weight, b)
 
-    def commit(self, state: DecodeState, hidden: Tensor, step: Step) -> list[list[int]]:
-        native.decode_step_(
-            hidden, self.model.lm_head, self.sequences, state.tokens, state.undecided, state.predicted, state.progress,
-            state.seeds, state.quota, self.rule.bounds, self.rule.weights, self.ids, self.values, self.banned,
-            self.none32, self.none64, self.none64, step,
+    def step(self, state: DecodeState) -> Step:
+        return Step(
+            self.hidden, self.model.lm_head, self.sequences, state.tokens, state.undecided, state.predicted,
+            state.progress, state.seeds, state.quota, self.rule.bounds, self.rule.weights, self.ids, self.values,
+            self.banned, self.none32, self.none64, self.none64, state.prompt_length, self.model.fill_id, 0.0, 0,
+            math.inf, False, False, False,
         )  # fmt: skip
-        return state.progress.tolist()
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
@@ -131,14 +131,14 @@ class Bare:
             self.prompt, torch.zeros(self.batch, dtype=torch.int64), gen_length=GEN, block_length=BLOCK, steps=GEN,
             seeds=[0] * self.batch, mask_id=model.mask_id, fill_id=model.fill_id,
         )  # fmt: skip
-        step = Step(state.prompt_length, model.fill_id, 0.0, 0, math.inf, False, False, False)
+        step = self.step(state)
         for first in range(state.prompt_length, self.length, BLOCK):
             last = first + BLOCK
             self.hidden.copy_(self.forward(state.tokens, 0, self.length, self.whole)[:, first:last])
-            where = self.commit(state, self.hidden, step)
-            while where[0][0] == first:
+            native.decode_step_(step)
+            while state.progress.tolist()[0][0] == first:
                 hidden = self.forward(state.tokens[:, first:last], first, last, self.block)
-                where = self.commit(state, hidden, step)
+                native.decode_step_(step._replace(hidden=hidden))
         return state.tokens
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dllm_engine import cuda, native, reference
-from dllm_engine.rules import Rule, Step
+from dllm_engine.rules import Rule
 from dllm_engine.state import DecodeState
+from dllm_engine.step import Step
 
 Fields = tuple[Tensor, ...]
 
@@ -24,7 +25,7 @@ class Backend:
     fits: (hidden, lm_head) -> why it cannot take these matrices, "" if it can.
 
     row_stats: (hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys) -> the fields of
-    `RowStats` in order. decode_step_: the arguments of the registered op, its numbers as a `Step`. All are checked.
+    `RowStats` in order. decode_step_: takes a `Step`. All is checked.
     """
 
     unavailable: str
@@ -65,49 +66,25 @@ def _eager(
     return stats.fields()
 
 
-def _eager_step_(
-    hidden: Tensor,
-    lm_head: Tensor,
-    sequences: Tensor,
-    tokens: Tensor,
-    undecided: Tensor,
-    predicted: Tensor,
-    progress: Tensor,
-    seeds: Tensor,
-    quota: Tensor,
-    bounds: Tensor,
-    weights: Tensor,
-    stat_ids: Tensor,
-    stat_values: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    end_ids: Tensor,
-    waiting_ids: Tensor,
-    step: Step,
-) -> None:
+def _eager_step_(step: Step) -> None:
+    state = DecodeState.of(
+        step.tokens, step.undecided, step.predicted, step.progress, step.seeds, step.quota,
+        prompt_length=step.prompt_length, fill_id=step.fill_id,
+    )  # fmt: skip
     stats = reference.decode_step_(
-        hidden,
-        lm_head,
-        DecodeState.of(
-            tokens,
-            undecided,
-            predicted,
-            progress,
-            seeds,
-            quota,
-            prompt_length=step.prompt_length,
-            fill_id=step.fill_id,
-        ),
-        sequences,
-        Rule(bounds, weights, step.cut, step.decided_is_one, step.position),
-        banned_ids=banned_ids,
-        excluded_ids=excluded_ids,
-        end_ids=end_ids if len(end_ids) else None,
-        waiting_ids=waiting_ids if len(waiting_ids) else None,
+        step.hidden,
+        step.lm_head,
+        state,
+        step.sequences,
+        Rule(step.bounds, step.weights, step.cut, step.decided_is_one, step.position),
+        banned_ids=step.banned_ids,
+        excluded_ids=step.excluded_ids,
+        end_ids=step.end_ids if len(step.end_ids) else None,
+        waiting_ids=step.waiting_ids if len(step.waiting_ids) else None,
         temperature=step.temperature,
     )
-    torch.stack((stats.token, stats.second_token), out=stat_ids)
-    torch.stack((stats.logit, stats.second_logit, stats.logsumexp, stats.log_odds, stats.entropy), out=stat_values)
+    torch.stack((stats.token, stats.second_token), out=step.stat_ids)
+    torch.stack((stats.logit, stats.second_logit, stats.logsumexp, stats.log_odds, stats.entropy), out=step.stat_values)
 
 
 def _kernels() -> Any:
@@ -140,7 +117,7 @@ BACKENDS: dict[str, Backend] = {
         _triton_missing(),
         _triton_devices(),
         lambda *arguments: _kernels().row_stats(*arguments),
-        lambda *arguments: _kernels().decode_step_(*arguments),
+        lambda step: _kernels().decode_step_(step),
     ),
     "cuda": Backend(cuda.MISSING or _no_device(), ("cuda",), cuda.row_stats, cuda.decode_step_, cuda.supports),
     "eager": Backend("", (), _eager, _eager_step_),  # plain torch on any device: the definition, see `reference`

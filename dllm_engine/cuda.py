@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.rules import Step
+from dllm_engine.step import Step, listed, matrix
 
 MISSING = ""  # why there is no `_cuda`
 try:
@@ -13,7 +13,7 @@ try:
 except ImportError as error:  # no nvcc when it was installed
     MISSING = f"the compiled module _cuda is missing ({error}); run `DLLM_CUDA=1 pip install -e .` where nvcc is"
 
-_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+TYPES = torch.bfloat16, torch.float16
 
 # Tickets by device, stream and size. The kernel leaves them zero, so that they are zeroed once; two launches at a time
 # must not share them, so that each stream has its own. Sizes are powers of two, and none is ever freed.
@@ -27,14 +27,14 @@ def supports(hidden: Tensor, lm_head: Tensor) -> str:
     capability = torch.cuda.get_device_capability(hidden.device)
     if capability < (8, 0):
         return f"compute capability 8.0 is needed, this device has {capability[0]}.{capability[1]}"
-    if hidden.dtype != lm_head.dtype or hidden.dtype not in _TYPES:
+    if hidden.dtype != lm_head.dtype or hidden.dtype not in TYPES:
         return f"hidden and lm_head must both be bfloat16 or both float16, not {hidden.dtype} and {lm_head.dtype}"
     if hidden.shape[-1] % 8:
         return f"D must be a multiple of 8, not {hidden.shape[-1]}"
-    for name, matrix in (("hidden", hidden), ("lm_head", lm_head)):
+    for name, given in (("hidden", hidden), ("lm_head", lm_head)):
         # a tensor that is being traced has no address; torch's own allocations are aligned
-        start = 2 * matrix.storage_offset() if torch.compiler.is_compiling() else matrix.data_ptr()
-        if start % 16 or matrix.stride(-2) % 8:
+        start = 2 * given.storage_offset() if torch.compiler.is_compiling() else given.data_ptr()
+        if start % 16 or given.stride(-2) % 8:
             return f"rows of {name} must begin at multiples of 16 bytes"
     return ""
 
@@ -62,15 +62,15 @@ def row_stats(
         with torch.cuda.device(device):
             tickets, workspace, stream = _scratch(lm_head.shape[0], count, device)
             _cuda.row_stats(
-                (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(0)),
-                (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+                matrix(hidden),
+                matrix(lm_head),
                 hidden.shape[0],
                 hidden.shape[1],
                 lm_head.shape[0],
                 rows.data_ptr(),
                 count,
-                (banned_ids.data_ptr(), len(banned_ids)),
-                (excluded_ids.data_ptr(), len(excluded_ids)),
+                listed(banned_ids),
+                listed(excluded_ids),
                 (probe_ids.data_ptr(), probe_ids.shape[1]),
                 temperature,
                 noise_keys.data_ptr(),
@@ -80,49 +80,14 @@ def row_stats(
     return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
 
 
-def decode_step_(
-    hidden: Tensor,
-    lm_head: Tensor,
-    sequences: Tensor,
-    tokens: Tensor,
-    undecided: Tensor,
-    predicted: Tensor,
-    progress: Tensor,
-    seeds: Tensor,
-    quota: Tensor,
-    bounds: Tensor,
-    weights: Tensor,
-    stat_ids: Tensor,
-    stat_values: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    end_ids: Tensor,
-    waiting_ids: Tensor,
-    step: Step,
-) -> None:
-    """Score, decide and commit in one launch; `ops.decode_step_` describes the arguments."""
-    batch, width, dim = hidden.shape
+def decode_step_(step: Step) -> None:
+    """Score, decide and commit in one launch."""
+    batch, width, _ = step.hidden.shape
     if not batch:
         return
-    with torch.cuda.device(hidden.device):
-        tickets, workspace, stream = _scratch(lm_head.shape[0], batch * width, hidden.device)
-        _cuda.decode_step(
-            (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(1)),
-            (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
-            dim,
-            lm_head.shape[0],
-            *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids, waiting_ids)),
-            step.temperature,
-            batch,
-            width,
-            sequences.data_ptr(),
-            tuple(t.data_ptr() for t in (tokens, undecided, predicted, progress, seeds, quota)),
-            (tokens.shape[1], step.prompt_length, len(quota), step.fill_id),
-            (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut),
-            (step.decided_is_one, step.position, step.all_rows),
-            tuple(t.data_ptr() for t in (*stat_ids, *stat_values)),
-            (tickets.data_ptr(), workspace.data_ptr(), stream),
-        )
+    with torch.cuda.device(step.hidden.device):
+        tickets, workspace, stream = _scratch(step.lm_head.shape[0], batch * width, step.hidden.device)
+        _cuda.decode_step(*step.addresses(), (tickets.data_ptr(), workspace.data_ptr(), stream))
 
 
 def _scratch(vocab: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.rules import Step
+from dllm_engine.step import Step, matrix
 
 MISSING = ""  # why there is no `_cpu`
 try:
@@ -16,7 +16,6 @@ except ImportError as error:  # a checkout without `pip install -e .`
         " DLLM_CPU=0 was set; with one on the PATH, install again (`pip install -e .` in a checkout)"
     )
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = {"auto": 0, "scalar": 1, "avx2": 2}
 
 
@@ -44,8 +43,8 @@ def row_stats(
         scratch = torch.empty(size + 63, dtype=torch.uint8, device=device)
         outputs = (token, second_token, logit, second_logit, logsumexp, log_odds, entropy, probes)
         _cpu.row_stats(
-            (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(0)),
-            (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
+            matrix(hidden),
+            matrix(lm_head),
             hidden.shape[1],
             lm_head.shape[0],
             rows.data_ptr(),
@@ -66,51 +65,13 @@ def row_stats(
     return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
 
 
-def decode_step_(
-    hidden: Tensor,
-    lm_head: Tensor,
-    sequences: Tensor,
-    tokens: Tensor,
-    undecided: Tensor,
-    predicted: Tensor,
-    progress: Tensor,
-    seeds: Tensor,
-    quota: Tensor,
-    bounds: Tensor,
-    weights: Tensor,
-    stat_ids: Tensor,
-    stat_values: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    end_ids: Tensor,
-    waiting_ids: Tensor,
-    step: Step,
-    isa: str = "auto",
-) -> None:
-    """Score, decide and commit; `ops.decode_step_` describes the arguments."""
-    batch, width, dim = hidden.shape
+def decode_step_(step: Step, isa: str = "auto") -> None:
+    """Score, decide and commit."""
+    batch, width, dim = step.hidden.shape
     threads = torch.get_num_threads()
-    size = _cpu.scratch_bytes(dim, lm_head.shape[0], batch * width, threads)
-    scratch = torch.empty(size + 63, dtype=torch.uint8, device=hidden.device)
-    _cpu.decode_step(
-        (hidden.data_ptr(), _TYPES[hidden.dtype], hidden.stride(1)),
-        (lm_head.data_ptr(), _TYPES[lm_head.dtype], lm_head.stride(0)),
-        dim,
-        lm_head.shape[0],
-        *((ids.data_ptr(), len(ids)) for ids in (banned_ids, excluded_ids, end_ids, waiting_ids)),
-        step.temperature,
-        batch,
-        width,
-        sequences.data_ptr(),
-        tuple(t.data_ptr() for t in (tokens, undecided, predicted, progress, seeds, quota)),
-        (tokens.shape[1], step.prompt_length, len(quota), step.fill_id),
-        (bounds.data_ptr(), weights.data_ptr(), step.filter_length, step.cut),
-        (step.decided_is_one, step.position, step.all_rows),
-        tuple(t.data_ptr() for t in (*stat_ids, *stat_values)),
-        threads,
-        ISAS[isa],
-        -(-scratch.data_ptr() // 64) * 64,
-    )
+    size = _cpu.scratch_bytes(dim, step.lm_head.shape[0], batch * width, threads)
+    scratch = torch.empty(size + 63, dtype=torch.uint8, device=step.hidden.device)
+    _cpu.decode_step(*step.addresses(), threads, ISAS[isa], -(-scratch.data_ptr() // 64) * 64)
 
 
 def has_avx2() -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dllm_engine import backends
 from dllm_engine.noise import LARGEST
-from dllm_engine.rules import MAX_FILTER, Rule, Step
+from dllm_engine.rules import MAX_FILTER, Rule
 from dllm_engine.state import BlockState, DecodeState
 from dllm_engine.stats import RowStats
+from dllm_engine.step import Step
 
 MAX_PROBES = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -290,8 +291,8 @@ def _run_decode_step_(*arguments: Any) -> None:
 
 
 def _decode_step_(*arguments: Any) -> None:
-    tensors, numbers, backend = arguments[:17], arguments[17:-1], arguments[-1]
-    backends.BACKENDS[backend].decode_step_(*tensors, Step(*numbers))
+    *step, backend = arguments
+    backends.BACKENDS[backend].decode_step_(Step(*step))
 
 
 def _fake_row_stats(

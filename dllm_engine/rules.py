@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -66,19 +66,6 @@ class Rule:
 
     def to(self, device: torch.device) -> Rule:
         return replace(self, bounds=self.bounds.to(device), weights=self.weights.to(device))
-
-
-class Step(NamedTuple):
-    """The numbers of a step, beside its tensors (see `ops.decode_step_`)."""
-
-    prompt_length: int
-    fill_id: int
-    temperature: float
-    filter_length: int
-    cut: float
-    decided_is_one: bool
-    position: bool
-    all_rows: bool
 
 
 def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
-from dllm_engine.rules import Step
+from dllm_engine.step import Step
 
 # Ids whose state is kept apart, and how many of them are added to it at once: fixed, so that tiles of other sizes (for
 # other numbers of rows) change a result by rounding within a part at most. Small parts also bound the registers: the
@@ -188,41 +188,22 @@ def row_stats(
     return *(field.clone() for field in fields), probes  # results of a registered op may not share memory
 
 
-def decode_step_(
-    hidden: Tensor,
-    lm_head: Tensor,
-    sequences: Tensor,
-    tokens: Tensor,
-    undecided: Tensor,
-    predicted: Tensor,
-    progress: Tensor,
-    seeds: Tensor,
-    quota: Tensor,
-    bounds: Tensor,
-    weights: Tensor,
-    stat_ids: Tensor,
-    stat_values: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    end_ids: Tensor,
-    waiting_ids: Tensor,
-    step: Step,
-) -> None:
-    """Score, decide and commit; `ops.decode_step_` describes the arguments."""
-    batch, width, dim = hidden.shape
-    count, bytes_ = batch * width, undecided.view(torch.uint8)
-    state = (sequences, bytes_, progress, seeds, width, tokens.shape[1], step)
-    none = stat_ids.view(-1)[:0]
-    with torch.cuda.device_of(hidden):
+def decode_step_(step: Step) -> None:
+    """Score, decide and commit."""
+    batch, width, dim = step.hidden.shape
+    count, length, undecided = batch * width, step.tokens.shape[1], step.undecided.view(torch.uint8)
+    state = (step.sequences, undecided, step.progress, step.seeds, width, length, step)
+    none = step.stat_ids.view(-1)[:0]
+    with torch.cuda.device_of(step.hidden):
         parts = _score(
-            hidden.view(count, dim), lm_head, count, none, banned_ids, excluded_ids, none.view(count, 0), stat_values,
-            step.temperature, none, state,
+            step.hidden.view(count, dim), step.lm_head, count, none, step.banned_ids, step.excluded_ids,
+            none.view(count, 0), step.stat_values, step.temperature, none, state,
         )  # fmt: skip
-        _finish_rows(parts, stat_ids, stat_values, state)
+        _finish_rows(parts, step.stat_ids, step.stat_values, state)
         finish_step[(batch,)](
-            stat_ids, stat_values, sequences, tokens, bytes_, predicted, progress, quota, bounds, weights, end_ids,
-            waiting_ids, count, width, tokens.shape[1], step.prompt_length, len(quota), step.fill_id, step.cut,
-            len(end_ids), len(waiting_ids),
+            step.stat_ids, step.stat_values, step.sequences, step.tokens, undecided, step.predicted, step.progress,
+            step.quota, step.bounds, step.weights, step.end_ids, step.waiting_ids, count, width, length,
+            step.prompt_length, len(step.quota), step.fill_id, step.cut, len(step.end_ids), len(step.waiting_ids),
             DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
             FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048,
             num_warps=8, enable_fp_fusion=True,

@@ -152,7 +152,7 @@ def install(put: Callable[[Any, str, Any], None]) -> Module:
     put(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def fits(hidden: Tensor, lm_head: Tensor) -> str:
-        same = hidden.dtype == lm_head.dtype and hidden.dtype in cuda._TYPES
+        same = hidden.dtype == lm_head.dtype and hidden.dtype in cuda.TYPES
         aligned = all(m.data_ptr() % 16 == 0 and m.stride(-2) % 8 == 0 for m in (hidden, lm_head))
         return "" if same and aligned and hidden.shape[-1] % 8 == 0 else "it cannot take these matrices"
 
