@@ -345,7 +345,8 @@ def _check_matrices(hidden: Tensor, lm_head: Tensor) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, int | float) and 0 <= temperature <= LARGEST):
+    # a tuple: torch 2.6 cannot trace int | float
+    if not (isinstance(temperature, (int, float)) and 0 <= temperature <= LARGEST):
         raise ValueError(f"temperature: {temperature!r} given; a finite number ≥ 0, at most {LARGEST:g}, is needed")
 
 
