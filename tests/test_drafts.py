@@ -11,6 +11,8 @@ import torch
 from conftest import ending_model
 
 from dllm_engine import LearnedFilter, LLaDA, decode
+from dllm_engine.drafts import BranchCache
+from dllm_engine.kv_cache import KVCache
 from dllm_engine.policies import Factor, FreeDave, Learn2PD, LocalLeap, Margin, Policy, Random, Threshold, TopK
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,3 +80,19 @@ def test_drafts_end_where_the_text_does(seed: int) -> None:
     settings: dict[str, Any] = {"gen_length": 16, "block_length": 4, "cache": "none", "end_of_text": "committed"}
     plain, drafted = (decode(model, [*PROMPTS[:3], [9, 8, 7]], policy=p, **settings) for p in (TopK(), FreeDave(4)))
     assert torch.equal(drafted.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_behind_the_end_leave_the_last_column_alone(first: int) -> None:
+    """Two sequences of a ragged call, two drafts of each; the second ends two columns earlier than what is seen."""
+    data = (
+        torch.arange(14.0).view(1, 1, 2, 1, 7, 1).repeat(1, 2, 1, 1, 1, 1)
+    )  # six columns of two rows, and a spare one
+    columns = torch.tensor([[3, 4, 5], [2, 3, 6]])
+    (cache,) = KVCache(data.clone()).block(2, columns, slice(first, 6))
+    new = 100 + torch.arange(12.0).view(4, 1, 3, 1)
+    for seen in BranchCache.of(cache, 2).write(new, new + 50):
+        assert seen.shape == (4, 1, 6 - first, 1)
+    keys = BranchCache.of(cache, 2).write(new, new)[0][:, 0, :, 0]
+    expected = [[0, 1, 2, 100, 101, 102], [0, 1, 2, 103, 104, 105], [7, 8, 106, 107, 11, 12], [7, 8, 109, 110, 11, 12]]
+    assert keys.tolist() == [row[first:] for row in expected]
