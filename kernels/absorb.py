@@ -120,14 +120,11 @@ def absorb(
             value = tl.sum(tl.where(hit, logits, 0.0), 1)
             there = live & (wanted < vocab) & (tl.max(hit.to(tl.int32), 1) > 0)
             tl.store(probe_logits + r * PROBES + p, value, mask=there)
-    special = last > vocab
+    special = (last > vocab) | SAMPLE
     if banned_at < banned_count:
         special = special | (tl.load(banned + banned_at) < last)
     if excluded_at < excluded_count:
         special = special | (tl.load(excluded + excluded_at) < last)
-
-    if SAMPLE or PROBES > 0:  # registers are short: one way for all
-        special = special | True
     if special:
         (
             part_won, part_token, part_logit, part_inside, part_best, part_best_id, part_second, part_second_id,

@@ -234,9 +234,10 @@ def finish_step(
         still += here
         still_here += tl.where((c >= start) & (c < start + width), here, 0)
     left, in_block = tl.sum(still, 0), tl.sum(still_here, 0)
-    tl.store(progress, tl.where(in_block > 0, start, start + block_length), mask=active)
-    tl.store(progress + 1, end, mask=active)
-    tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0), mask=active)
-    tl.store(progress + 3, tl.minimum(failed_before, failed_at), mask=active)
-    tl.store(progress + 4, step + 1, mask=active)
-    tl.store(progress + 5, left.to(tl.int64), mask=active)
+    if active:  # no mask: the interpreter of Triton 3.2 takes a scalar one that is false for none
+        tl.store(progress, tl.where(in_block > 0, start, start + block_length))
+        tl.store(progress + 1, end)
+        tl.store(progress + 2, tl.where(in_block > 0, step_in_block + 1, 0))
+        tl.store(progress + 3, tl.minimum(failed_before, failed_at))
+        tl.store(progress + 4, step + 1)
+        tl.store(progress + 5, left.to(tl.int64))
