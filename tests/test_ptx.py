@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +215,23 @@ def test_hopper_scores_rows(device: Any, rows: int) -> None:
     score(device, rows)
 
 
+TRITON = tuple(map(int, metadata.version("triton").split(".")[:2])) if importlib.util.find_spec("triton") else (0, 0)
+of_current_compilers = pytest.mark.skipif(TRITON < (3, 4), reason="what Triton before 3.4 makes looks different")
+
+
+@of_current_compilers
 def test_statistics_take_few_instructions(device: Any) -> None:
-    """At many rows they are what tensor cores wait for: two tiles of plain ids, 128 logits a thread each."""
+    """At many rows they are what tensor cores wait for: two tiles of plain ids, 128 logits a thread each.
+
+    24.5 by Triton 3.9 and 27 to 28.4 by 3.4 to 3.7, with what is done once a part; with masks it is over 40.
+    """
     for vocab in (768, 1024):
         score(device, 128, 64, vocab)
     score_768, _, score_1024, _ = device.instructions
-    assert 15 < (score_1024 - score_768) / 128 < 27
+    assert 15 < (score_1024 - score_768) / 128 < (27 if TRITON >= (3, 9) else 29)
 
 
+@of_current_compilers
 @pytest.mark.parametrize(
     ("line", "which", "message"),
     [
