@@ -98,8 +98,16 @@ def unfused(hidden: Tensor, head: Tensor, undecided: Tensor) -> tuple[Tensor, Te
     return token, chosen & undecided
 
 
+def random_head(shape: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[V, D] of a shape as the command line has it; logits have the standard deviation 3."""
+    vocab, dim = map(int, shape.split("x"))
+    return torch.randn(vocab, dim, device=device).mul_(3 / dim**0.5).to(dtype)
+
+
 def check(problem: Problem, backend: str) -> str:
-    """Why a backend must not be timed: its statistics of a few rows against float64; "" if they fit."""
+    """Why a backend must not be timed: it cannot run, or a few rows' statistics are not float64's; "" if it may."""
+    if reason := backends.BACKENDS[backend].refuses(problem.hidden.flatten(0, 1), problem.head):
+        return reason
     rows = torch.arange(min(4, len(problem.canvas) - PROMPT), device=problem.head.device) + PROMPT
     stats = ops.row_stats(problem.canvas, problem.head, rows, backend=backend)
     x = torch.cat([problem.canvas[rows].double() @ part.double().T for part in problem.head.split(16384)], dim=1)
@@ -134,8 +142,8 @@ def main() -> None:
         roof = fma_rate(torch.get_num_threads()) if device.type == "cpu" else matmul_rate(device, dtype)
         console.print(f"roofs, {name}: {roof / 1e9:,.0f} GFLOP/s, {bandwidth / 1e9:,.0f} GB/s")
         for shape in args.shapes:
-            vocab, dim = map(int, shape.split("x"))
-            head = torch.randn(vocab, dim, device=device).mul_(3 / dim**0.5).to(dtype)
+            head = random_head(shape, dtype, device)
+            vocab, dim = head.shape
             for rows in rows_list:
                 line = measure(Problem(dim, vocab, rows, dtype, head), rows, args, console)
                 for record in line:
@@ -158,8 +166,7 @@ def measure(problem: Problem, rows: int, args: argparse.Namespace, console: Cons
             _told.add(message)
 
     for backend in args.backends or backends.BACKENDS:
-        reason = backends.BACKENDS[backend].refuses(problem.hidden.flatten(0, 1), problem.head)
-        take(backend, problem.fused(backend), reason or failure(partial(check, problem, backend)))
+        take(backend, problem.fused(backend), failure(partial(check, problem, backend)))
     compiled = torch.compile(unfused, dynamic=False)
     baselines: dict[str, Callable[[], Any]] = {
         "a": problem.reference,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-# What `layers.Block` computes. A checkpoint that asks for anything else is refused: running it
-# anyway would give fluent, wrong text.
+# What `layers.Block` computes. A checkpoint that asks for anything else is refused: running it anyway would give
+# fluent, wrong text.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu", "swiglu"),
     "alibi": (False,),
