@@ -21,7 +21,7 @@ from dllm_engine.attention import MAX_WIDTH, block_attention_available
 from dllm_engine.buffers import Buffers
 from dllm_engine.forward import Forward, additive
 from dllm_engine.kv_cache import LayerCache
-from dllm_engine.layers import Joined
+from dllm_engine.layers import Joined, Kernels
 from dllm_engine.options import Options
 from dllm_engine.rules import Rule
 
@@ -63,14 +63,14 @@ class BlockCalls:
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
         reason = block_attention_available(device, self.model.dtype, self.model.config.head_dim)
         self.by_kernel = reason is None and self.state.block_length <= MAX_WIDTH
-        self.fused = self.by_kernel and self._fusable()
+        self.kernels = self._layer_kernels() if self.by_kernel else Kernels.NONE
         self.joined: list[int] = []
         ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
         self.key = (
             self.state.batch, self.state.prompt_length, length, self.state.block_length,
             rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position, rule.ends_wait,
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
-            self.fused, tuple(p.data_ptr() for p in self.model.parameters()),
+            self.kernels, tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
 
     @staticmethod
@@ -103,13 +103,17 @@ class BlockCalls:
         while len(graphs) > MOST:
             graphs.pop(next(iter(graphs)))
 
-    def _fusable(self) -> bool:
-        """Whether `dllm_engine.kernels.layer` takes this model; ``DLLM_LAYER_KERNELS=0`` leaves layers to torch."""
-        if os.environ.get("DLLM_LAYER_KERNELS", "1") == "0" or not all(self.forward.joined):
-            return False
-        from dllm_engine.kernels.layer import MAX_SIZE
+    def _layer_kernels(self) -> Kernels:
+        """What ``DLLM_LAYER_KERNELS`` asks for, as far as this model allows; docs/kernels.md tells what there is."""
+        given = os.environ.get("DLLM_LAYER_KERNELS", str(int(Kernels.BETWEEN)))
+        if given not in (allowed := [str(int(kernels)) for kernels in Kernels]):
+            raise ValueError(f"DLLM_LAYER_KERNELS: {given!r} given; {', '.join(allowed)} allowed")
+        from dllm_engine.kernels import early, layer
 
-        return self.model.config.d_model <= MAX_SIZE
+        kernels = Kernels(int(given))
+        if kernels is Kernels.EARLY and (reason := early.unavailable(self.model.device)):
+            raise ValueError(f"DLLM_LAYER_KERNELS: {given} cannot be had here: {reason}")
+        return kernels if all(self.forward.joined) and self.model.config.d_model <= layer.MAX_SIZE else Kernels.NONE
 
     @property
     def captures(self) -> bool:
@@ -160,7 +164,7 @@ class BlockCalls:
         else:
             seen = additive((self.every < padding) | (self.every >= end), model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
-        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.fused)
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)
         ops.decode_step_(
             hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
         )

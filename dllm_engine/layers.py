@@ -5,6 +5,7 @@ The module names are the checkpoint's own, so the name map is one prefix (`weigh
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dllm_engine.config import LLaDAConfig
 
 if TYPE_CHECKING:
+    from dllm_engine.kernels.products import Parts
     from dllm_engine.kv_cache import LayerCache
 
 
@@ -52,6 +54,15 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+class Kernels(IntEnum):
+    """How much of a layer of a block call is made by `dllm_engine.kernels`; each includes the one before."""
+
+    NONE = 0
+    BETWEEN = 1  # what lies between its products
+    PRODUCTS = 2  # products of few rows too
+    EARLY = 3  # and each kernel is launched before the one ahead of it has ended
 
 
 class Joined(NamedTuple):
@@ -138,25 +149,34 @@ class Block(nn.Module):
     def fused(
         self,
         x: Tensor,
-        delta: Tensor | None,
+        delta: Tensor | Parts | None,
         rope: tuple[Tensor, Tensor],
         bounds: tuple[Tensor, Tensor],
         cache: LayerCache,
         joined: Joined,
-    ) -> tuple[Tensor, Tensor]:
+        kernels: Kernels = Kernels.BETWEEN,
+    ) -> tuple[Tensor, Tensor | Parts]:
         """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
 
         Returns:
             The residual stream and what is still to be added to it.
         """
+        from dllm_engine.kernels import products
         from dllm_engine.kernels.block_attention import block_attention
         from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 
         assert cache.columns is not None
         assert cache.seen is not None
-        x, h = add_norm(x, delta, self.attn_norm.weight, self.attn_norm.eps)
-        qkv = F.linear(h, joined.qkv, joined.bias)
-        q = rope_write(qkv, *rope, cache.keys, cache.values, cache.columns, heads=self.heads)
-        h = block_attention(q, *cache.seen, *bounds).transpose(1, 2).flatten(2)  # a view
-        x, h = add_norm(x, self.attn_out(h), self.ff_norm.weight, self.ff_norm.eps)
-        return x, self.ff_out(silu_mul(F.linear(h, joined.gate_up)))
+        early = kernels >= Kernels.EARLY
+        own = kernels >= Kernels.PRODUCTS and products.fits(x)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | Parts:
+            return products.linear(x, weight, early=early) if own and bias is None else F.linear(x, weight, bias)
+
+        x, h = add_norm(x, delta, self.attn_norm.weight, self.attn_norm.eps, early=early)
+        qkv = linear(h, joined.qkv, joined.bias)
+        q = rope_write(qkv, *rope, cache.keys, cache.values, cache.columns, heads=self.heads, early=early)
+        h = block_attention(q, *cache.seen, *bounds, early=early).transpose(1, 2).flatten(2)  # a view
+        delta = linear(h, self.attn_out.weight)
+        x, h = add_norm(x, delta, self.ff_norm.weight, self.ff_norm.eps, early=early)
+        return x, linear(silu_mul(linear(h, joined.gate_up), early=early), self.ff_out.weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dllm_engine import generation_config, weights
 from dllm_engine.config import LLaDAConfig, read_json
-from dllm_engine.layers import Block, Embedding, Joined, Linear, RMSNorm
+from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm
 from dllm_engine.tokenizer import load_tokenizer, read_facts
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class LLaDA(nn.Module):
         seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
         joined: list[Joined | None] | None = None,
-        fused: bool = False,
+        kernels: Kernels = Kernels.NONE,
     ) -> Tensor:
         """Final, normed hidden states of the given rows.
 
@@ -202,21 +202,21 @@ class LLaDA(nn.Module):
                 the kernel of block attention.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
             joined: `joined_weights`, where no gradient is wanted.
-            fused: by `Block.fused`. Needs bounds as ``seen``, ``joined`` weights of all layers, and ``caches`` whose
-                first rows are those of the call, each with columns of its own.
+            kernels: but for ``NONE`` by `Block.fused`. Needs bounds as ``seen``, ``joined`` weights of all layers, and
+                ``caches`` whose first rows are those of the call, each with columns of its own.
 
         Returns:
             [B, S, D] in the model's dtype.
         """
         cos, sin = rope
         x = self.wte(tokens)
-        if fused:
+        if kernels:
             from dllm_engine.kernels.layer import add_norm
 
             delta = None
             for block, cache, weights in zip(self.blocks, caches or (), joined or (), strict=True):
-                x, delta = block.fused(x, delta, rope, seen, cache, weights)  # type: ignore[operator]
-            return add_norm(x, delta, self.ln_f.weight, self.ln_f.eps)[1]
+                x, delta = block.fused(x, delta, rope, seen, cache, weights, kernels)  # type: ignore[operator]
+            return add_norm(x, delta, self.ln_f.weight, self.ln_f.eps, early=kernels >= Kernels.EARLY)[1]
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, seen, caches[i] if caches else None, joined[i] if joined else None)
         return self.ln_f(x)

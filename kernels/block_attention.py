@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_engine.attention import MAX_WIDTH
+from dllm_engine.kernels import early as dependent
 from dllm_engine.kernels.decode_step import interpreted
+from dllm_engine.kernels.early import begin
 
 NEG_INF = tl.constexpr(float("-inf"))
 SEGMENT = tl.constexpr(128)  # keys of the shortest segments
@@ -97,12 +99,14 @@ def _attend(
     q, keys, values, first, end, out, parts, scale, packed, width, group, key_heads, length, segments,
     q_batch, q_head, q_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     out_batch, out_head, out_row,
-    DIRECT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    DIRECT: tl.constexpr, UPCAST: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of one key head's ``packed`` rows (of its query heads, one after the other) over every n-th segment.
 
     DIRECT: this program has all segments and writes the result; else each segment's part is written.
     """
+    begin(EARLY)
     tiles = tl.cdiv(packed, ROWS)
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
@@ -172,9 +176,10 @@ def _load_part(parts, size, place, live, packed, segment, own_segments, d, DIM: 
 @triton.jit
 def _merge(
     parts, first, end, out, packed, width, group, key_heads, length, segments, out_batch, out_head, out_row,
-    ROWS: tl.constexpr, DIM: tl.constexpr,
+    EARLY: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of some rows, from the first segment to the last."""
+    begin(EARLY)
     tiles = tl.cdiv(packed, ROWS)
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
@@ -225,6 +230,7 @@ def block_attention(
     splits: int | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    early: bool = False,
 ) -> Tensor:
     """softmax(q · keysᵀ / √Dh) · values over the keys of each sequence; every query sees all of them.
 
@@ -239,6 +245,7 @@ def block_attention(
         splits: programs that share the keys of a head; changes the speed, not the result. See `default_splits`.
         out: where the result goes, [B, H, S, Dh] in q's dtype; allocated if None.
         workspace: float32, contiguous, of at least `workspace_size` elements; allocated if None and needed.
+        early: see `dllm_engine.kernels.early`.
 
     Returns:
         ``out``; one that was allocated here is a view of a contiguous [B, S, H, Dh]. 0 for a sequence without keys.
@@ -270,8 +277,9 @@ def block_attention(
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:3],
         DIRECT=direct,
         UPCAST=interpreted() and q.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
-        ROWS=config.rows, KEYS=config.keys, DIM=dim, num_warps=config.warps, num_stages=config.stages,
+        EARLY=early, ROWS=config.rows, KEYS=config.keys, DIM=dim, num_warps=config.warps, num_stages=config.stages,
         enable_fp_fusion=True,  # Triton's default changes
+        **dependent.options(early),
     )  # fmt: skip
     if not direct:
         _merge[(batch * key_heads * triton.cdiv(rows, MERGE_ROWS),)](
@@ -281,10 +289,12 @@ def block_attention(
             out,
             *shape,
             *out.stride()[:3],
+            EARLY=early,
             ROWS=MERGE_ROWS,
             DIM=dim,
             num_warps=4,
             enable_fp_fusion=True,
+            **dependent.options(early),
         )
     return out
 

@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_engine.kernels import early as dependent
 from dllm_engine.kernels.block_attention import DTYPES, MAX_DIM, MIN_DIM
 from dllm_engine.kernels.decode_step import interpreted
+from dllm_engine.kernels.early import begin
+from dllm_engine.kernels.products import Parts, load_product, taken_apart
 
 MAX_SIZE = 2**14  # of a row that is normed: one program holds it in its registers
 HALVES = 512  # elements of left halves that a program rotates: with two warps 16 bytes a thread and access in bfloat16
@@ -22,14 +25,18 @@ BLOCK = 1024  # columns that a program of SiLU takes: the same with four warps
 
 
 @triton.jit
-def _add_norm(x, delta, weight, total, out, size, x_row, delta_row, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(
+    x, delta, weight, total, out, size, x_row, delta_row, delta_part, eps,
+    ADD: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     live = d < size
     value = tl.load(x + row * x_row + d, mask=live, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(delta + row * delta_row + d, mask=live, other=0.0).to(tl.float32)
+        value += load_product(delta, row * delta_row + d, live, delta_part, PARTS, total)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * size + d, rounded, mask=live)
         value = rounded.to(tl.float32)
@@ -50,23 +57,26 @@ def _put(at, left, right, live, HALF: tl.constexpr):
 @triton.jit
 def _rope_write(
     qkv, cos, sin, keys, values, columns, out, width, heads, key_heads,
-    qkv_batch, qkv_row, table_batch, table_row, cache_batch, cache_head, cache_row,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    qkv_batch, qkv_row, qkv_part, table_batch, table_row, cache_batch, cache_head, cache_row,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one row, of queries, keys and values as they come: rotated but for the values, and put away."""
+    begin(EARLY)
     b, s = (tl.program_id(0) // width).to(tl.int64), (tl.program_id(0) % width).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     first_value = heads + key_heads
     d = tl.arange(0, HALF)[None, :]
     live = (head < first_value + key_heads)[:, None]
-    at = qkv + b * qkv_batch + s * qkv_row + head[:, None] * (2 * HALF) + d
-    left, right = tl.load(at, mask=live, other=0.0), tl.load(at + HALF, mask=live, other=0.0)
+    at = b * qkv_batch + s * qkv_row + head[:, None] * (2 * HALF) + d
+    left = load_product(qkv, at, live, qkv_part, PARTS, out)
+    right = load_product(qkv, at + HALF, live, qkv_part, PARTS, out)
     # each thread reads the angles of its own elements: one row of them would be handed round through shared memory
     table = b * table_batch + s * table_row + tl.broadcast_to(d, [HEADS, HALF])
     c, sine = tl.load(cos + table), tl.load(sin + table)
-    left32, right32, turned = left.to(tl.float32), right.to(tl.float32), (head < first_value)[:, None]
-    left = tl.where(turned, (left32 * c - right32 * sine).to(left.dtype), left)
-    right = tl.where(turned, (right32 * c + left32 * sine).to(right.dtype), right)
+    turned = (head < first_value)[:, None]
+    # not turned they keep their bits: what was widened is what it was when it is narrowed
+    left, right = tl.where(turned, left * c - right * sine, left), tl.where(turned, right * c + left * sine, right)
+    left, right = left.to(out.dtype.element_ty), right.to(out.dtype.element_ty)
 
     _put(out + ((b * heads + head) * width + s) * (2 * HALF), left, right, head < heads, HALF)
     column = tl.load(columns + tl.program_id(0)).to(tl.int64)
@@ -77,14 +87,17 @@ def _rope_write(
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, row_stride, BLOCK: tl.constexpr):
+def _silu_mul(
+    gate_up, out, size, row_stride, part_stride, PARTS: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):
     """Some columns of one row."""
+    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = f < size
-    at = gate_up + row * row_stride + f
-    gate = tl.load(at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(at + size, mask=live, other=0.0).to(tl.float32)
+    at = row * row_stride + f
+    gate = load_product(gate_up, at, live, part_stride, PARTS, out)
+    up = load_product(gate_up, at + size, live, part_stride, PARTS, out)
     gate = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * size + f, (gate * up).to(out.dtype.element_ty), mask=live)
 
@@ -97,14 +110,17 @@ def norm_tile(size: int) -> tuple[int, int]:
     return block, min(max(block // 256, 1), 16 if block <= 8192 else 32)  # with 16 the widest rows spill
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, delta: Tensor | Parts | None, weight: Tensor, eps: float, *, early: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + delta, and its `dllm_engine.model.RMSNorm`.
 
     Args:
         x: [..., D], bfloat16, float16 or float32; D is at most 16,384. Rows lie at equal distances, their elements one
             behind the other: so in all arguments of this module.
-        delta: the same shape and dtype, or None: x alone is normed.
+        delta: the same shape and dtype, maybe in parts, or None: x alone is normed.
         weight: [D], same dtype, contiguous.
+        early: see `dllm_engine.kernels.early`: so in all functions of this module.
 
     Returns:
         The sum (without ``delta`` x itself) and the normed rows, both [..., D].
@@ -120,27 +136,30 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
         raise ValueError(f"weight: [D] as in x expected, 1 to {MAX_SIZE}; x {[*x.shape]}, weight {[*weight.shape]}")
     if not weight.is_contiguous():
         raise ValueError("weight: contiguous expected")
-    rows = _rows("x", x)
-    added = rows if delta is None else _rows("delta", delta)
-    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, add = _rows("x", x), delta is not None
+    delta, apart, parts = taken_apart(x if delta is None else delta)
+    added = _rows("delta", delta)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add else x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(rows):
         block, warps = norm_tile(size)
         _add_norm[(len(rows),)](
-            rows, added, weight, total, out, size, rows.stride(0), added.stride(0), eps,
-            ADD=delta is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            rows, added, weight, total, out, size, rows.stride(0), added.stride(0), apart, eps,
+            ADD=add, PARTS=parts, EARLY=early, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            **dependent.options(early),
         )  # fmt: skip
     return total, out
 
 
 def rope_write(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, columns: Tensor, *, heads: int
-) -> Tensor:
+    qkv: Tensor | Parts, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, columns: Tensor, *, heads: int,
+    early: bool = False,
+) -> Tensor:  # fmt: skip
     """Rotate queries and keys as `dllm_engine.model.apply_rope`; keys and values go into the cache.
 
     Args:
-        qkv: [B, S, (H + 2 H_kv) Dh], bfloat16, float16 or float32: the heads of queries, keys and values. Dh is a power
-            of two from 16 to 256.
+        qkv: [B, S, (H + 2 H_kv) Dh], bfloat16, float16 or float32, maybe in parts: the heads of queries, keys and
+            values. Dh is a power of two from 16 to 256.
         cos, sin: float32 [B, 1, S, Dh], the second half of each row like the first, as `LLaDA.rope_tables` makes them.
         keys, values: [≥ B, H_kv, L, Dh] in qkv's dtype and with the same strides, the last 1; sequence b is row b.
             Nothing but the columns named is written.
@@ -173,25 +192,27 @@ def rope_write(
         raise ValueError(f"columns: contiguous int64 {[batch, width]} expected, {columns.dtype} {[*columns.shape]}")
     if columns.device != qkv.device:
         raise ValueError(f"columns: on {columns.device}, qkv is on {qkv.device}")
+    out = torch.empty(batch, heads, width, dim, dtype=qkv.dtype, device=qkv.device)
+    qkv, apart, parts = taken_apart(qkv)
     if qkv.stride(2) != 1:
         raise ValueError(f"qkv: the last stride must be 1, it is {qkv.stride(2)}")
-    out = torch.empty(batch, heads, width, dim, dtype=qkv.dtype, device=qkv.device)
     if out.numel():
         count = heads + 2 * key_heads
         tile = min(HALVES // (dim // 2), triton.next_power_of_2(count))
         _rope_write[(batch * width, triton.cdiv(count, tile))](
             qkv, cos, sin, keys, values, columns, out, width, heads, key_heads,
-            *qkv.stride()[:2], cos.stride(0), cos.stride(2), *keys.stride()[:3],
-            HEADS=tile, HALF=dim // 2, num_warps=2, enable_fp_fusion=False,
+            *qkv.stride()[:2], apart, cos.stride(0), cos.stride(2), *keys.stride()[:3],
+            PARTS=parts, EARLY=early, HEADS=tile, HALF=dim // 2, num_warps=2, enable_fp_fusion=False,
+            **dependent.options(early),
         )  # fmt: skip
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor | Parts, *, early: bool = False) -> Tensor:
     """silu(gate) · up.
 
     Args:
-        gate_up: [..., 2 F], bfloat16, float16 or float32.
+        gate_up: [..., 2 F], bfloat16, float16 or float32, maybe in parts.
 
     Returns:
         [..., F].
@@ -202,12 +223,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     _same("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: [..., 2 F] expected, {[*gate_up.shape]} given")
-    rows, size = _rows("gate_up", gate_up), gate_up.shape[-1] // 2
+    size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
+    gate_up, apart, parts = taken_apart(gate_up)
+    rows = _rows("gate_up", gate_up)
     if out.numel():
         _silu_mul[(len(rows), triton.cdiv(size, BLOCK))](
-            rows, out, size, rows.stride(0), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
-        )
+            rows, out, size, rows.stride(0), apart, PARTS=parts, EARLY=early, BLOCK=BLOCK,
+            num_warps=4, enable_fp_fusion=False, **dependent.options(early),
+        )  # fmt: skip
     return out
 
 
@@ -221,7 +245,7 @@ def _rows(name: str, x: Tensor) -> Tensor:
         raise ValueError(f"{name}: rows at equal distances expected, {[*x.shape]} by {x.stride()} given") from None
 
 
-def _same(name: str, x: Tensor, **others: Tensor | None) -> None:
+def _same(name: str, x: Tensor | Parts, **others: Tensor | Parts | None) -> None:
     """Dtype and device."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: bfloat16, float16 or float32 expected, {x.dtype} given")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import INTERPRETED
+from cases import INTERPRETED, PTX, SLOWLY
 from conftest import tiny_model
 from test_layer_kernels import _rounded, data, in_dtypes, on_devices  # noqa: F401
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_engine import LLaDA
 from dllm_engine.kv_cache import KVCache, LayerCache
+from dllm_engine.layers import Kernels
 
 pytest.importorskip("triton")
 
-from dllm_engine.kernels import block_attention, layer
+from dllm_engine.kernels import block_attention, early, layer, products
 
 
 @torch.no_grad()
@@ -39,6 +40,15 @@ def joined_model(device: str, dtype: torch.dtype, **changes: Any) -> LLaDA:
     return model
 
 
+def ways() -> list[Kernels]:
+    """All, where kernels can be launched early."""
+    here = PTX == 90 if SLOWLY else torch.cuda.is_available() and not early.unavailable(torch.device("cuda"))
+    return [kernels for kernels in Kernels if here or kernels < Kernels.EARLY]
+
+
+WAYS = ways()
+
+
 class BlockCall:
     """Two sequences inside a block, as `BlockCalls._call` gives them to the model: padding, a ragged end."""
 
@@ -54,7 +64,7 @@ class BlockCall:
         self.kv = KVCache(self.before.clone())
 
     @torch.no_grad()
-    def run(self, fused: bool) -> Tensor:
+    def run(self, kernels: Kernels) -> Tensor:
         rows = torch.arange(2, device=self.model.device)[:, None]
         self.kv.data.copy_(self.before)
         caches = [LayerCache(k[:2], v[:2], self.written, rows, (k[:2], v[:2])) for k, v in self.kv.layers]
@@ -63,7 +73,7 @@ class BlockCall:
         if self.model.dtype == torch.float64:
             every = torch.arange(13, device=self.model.device)
             seen = ((every >= self.bounds[0][:, None]) & (every < self.bounds[1][:, None]))[:, None, None]
-        return self.model.hidden_states(self.tokens, self.rope, seen, caches, joined, fused)
+        return self.model.hidden_states(self.tokens, self.rope, seen, caches, joined, kernels)
 
 
 @on_devices
@@ -74,19 +84,20 @@ def test_hidden_states(device: str, dtype: torch.dtype, bias: bool) -> None:
     model = joined_model(device, dtype, include_qkv_bias=bias)
     exact = joined_model(device, torch.float64, include_qkv_bias=bias)
     exact.load_state_dict(model.state_dict())
-    truth, call = BlockCall(exact), BlockCall(model)
-    expected = truth.run(fused=False), truth.kv.data
-    eager, fused = (BlockCall(model) for _ in range(2))
+    truth = BlockCall(exact)
+    expected = truth.run(Kernels.NONE), truth.kv.data
     errors = []
-    for call, way in ((eager, False), (fused, True)):
+    for way in WAYS:
+        call = BlockCall(model)
         found = call.run(way), call.kv.data
         errors.append([float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True)])
         changed = (call.kv.data != call.before).any(-1).nonzero()
         assert {(int(b), int(column)) for _, _, b, _, column in changed} == {
             (b, int(column)) for b, row in enumerate(call.written.tolist()) for column in row
         }
-    for mine, theirs in zip(*reversed(errors), strict=True):
-        assert mine <= 2 * theirs + 1e-6
+    theirs, *others = errors
+    for mine in others:
+        assert all(error <= 2 * eager + 1e-6 for error, eager in zip(mine, theirs, strict=True))
 
 
 class Launch:
@@ -125,42 +136,45 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (layer, ("_add_norm", "_rope_write", "_silu_mul")),
         (block_attention, ("_attend", "_merge")),
+        (products, ("_multiply",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Launch(name, kernels))
     counted = {}
-    for fused in (False, True):
+    for way in (Kernels.NONE, Kernels.BETWEEN, Kernels.PRODUCTS):
         kernels.clear()
         with Operations() as operations:
-            call.run(fused)
-        counted[fused] = operations.counts, kernels.copy()
-    torch_operations, launched = counted[True]
+            call.run(way)
+        counted[way] = operations.counts, kernels.copy()
+    torch_operations, launched = counted[Kernels.BETWEEN]
     beside = {"copy_": 1, "arange": 1, "embedding": 1}  # the first two are the test's own
     assert torch_operations == {"mm": 8} | beside
     assert launched == {"_add_norm": 5, "_rope_write": 2, "_silu_mul": 2, "_attend": 2}  # the last norm is ln_f
-    before, after = (sum(c.total() for c in both) - sum(beside.values()) for both in counted.values())
-    assert (before, after) == (2 * 34 + 8, 2 * 9 + 1)  # the norm at the end is 8 operations, or 1
+    totals = [sum(c.total() for c in both) - sum(beside.values()) for both in counted.values()]
+    assert totals == [2 * 34 + 8, 2 * 9 + 1, 2 * 9 + 1]  # the norm at the end is 8 operations, or 1
+    assert counted[Kernels.PRODUCTS] == (Counter(beside), launched | {"_multiply": 8})
 
 
 @pytest.mark.gpu
-def test_in_a_graph() -> None:
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_in_a_graph(way: Kernels) -> None:
     """Captured once, replayed with other tokens and columns; the host waits for nothing."""
     call, other = (BlockCall(joined_model("cuda", torch.bfloat16)) for _ in range(2))
-    call.run(True)  # compiles
+    call.run(way)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call.run(True)
+        call.run(way)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call.run(True)
+        out = call.run(way)
     for shift in (0, 1):
         for one in (call, other):
             one.tokens.copy_((one.tokens + shift) % 60)
             one.written.copy_(torch.where(one.written < 12, (one.written - shift), 12))
         graph.replay()
-        torch.testing.assert_close(out, other.run(True), rtol=0.02, atol=0.02)  # cuBLAS may choose another kernel
+        torch.testing.assert_close(out, other.run(way), rtol=0.02, atol=0.02)  # cuBLAS may choose another kernel
         # which of two rows wins the spare column is open
         torch.testing.assert_close(call.kv.data[..., :12, :], other.kv.data[..., :12, :], rtol=0.02, atol=0.02)

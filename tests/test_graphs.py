@@ -17,6 +17,7 @@ from conftest import ending_model
 from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
 from dllm_engine.buffers import Buffers
 from dllm_engine.graphs import BlockCalls, Kept
+from dllm_engine.layers import Kernels
 from dllm_engine.policies import Factor, Learn2PD, Policy, Random, Threshold, TopK
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -170,11 +171,11 @@ def test_blocks_too_wide_for_the_kernel_of_attention(
 
     def noted(self: BlockCalls, count: int) -> None:
         seen.append(self.by_kernel)
-        self.by_kernel = self.fused = False  # which are not here
+        self.by_kernel, self.kernels = False, Kernels.NONE  # which are not here
         call(self, count)
 
     monkeypatch.setattr(graphs, "block_attention_available", lambda *_: None)
-    monkeypatch.setattr(BlockCalls, "_fusable", lambda self: False)
+    monkeypatch.setattr(BlockCalls, "_layer_kernels", lambda self: Kernels.NONE)
     monkeypatch.setattr(BlockCalls, "_call", noted)
     model = ending_model(max_sequence_length=400)
     decode(model, [[4, 5]], policy="threshold", gen_length=block_length, block_length=block_length, cache="dual")
@@ -312,10 +313,11 @@ def test_what_has_no_fused_rule_or_is_guided_takes_the_other_way(model: LLaDA, m
 
 
 @pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
-@pytest.mark.parametrize("layers", ["", "apart", "off"])
+@pytest.mark.parametrize("layers", ["", "apart", "off", "products"])
 def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.MonkeyPatch, layers: str) -> None:
     """The whole call as on a GPU: attention reads its bounds from the state, the layer's kernels write the cache, the
-    Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch.
+    Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch; products are
+    torch's in float32, which their kernel does not take.
     """
     sizes: dict[str, Any] = {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "mlp_hidden_size": 50}  # heads of 16
     torch.manual_seed(0)  # biases
@@ -323,14 +325,15 @@ def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.
     if layers != "apart":
         model = LLaDA.uninitialised(source.config, torch.device("cpu"), torch.float32)
         model.load_state_dict(source.state_dict())
-    monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")
+    monkeypatch.setenv("DLLM_LAYER_KERNELS", {"off": "0", "products": "2"}.get(layers, "1"))
+    want_kernels = {"": Kernels.BETWEEN, "products": Kernels.PRODUCTS}.get(layers, Kernels.NONE)
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
-    seen: list[tuple[Any, bool]] = []
+    seen: list[tuple[Any, Kernels]] = []
     hidden_states = LLaDA.hidden_states
 
-    def noted(self: LLaDA, tokens: Any, rope: Any, keys: Any, caches: Any, joined: Any, fused: bool = False) -> Any:
-        seen.append((type(keys), fused))
-        return hidden_states(self, tokens, rope, keys, caches, joined, fused)
+    def noted(self: LLaDA, tokens: Any, rope: Any, keys: Any, *more: Any) -> Any:
+        seen.append((type(keys), more[2] if more[2:] else Kernels.NONE))
+        return hidden_states(self, tokens, rope, keys, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(graphs, "supported", lambda forward, options: False)
@@ -339,7 +342,7 @@ def test_the_kernels_give_the_same_tokens(fixed: list[int], monkeypatch: pytest.
     out = decode(model, PROMPTS[:3], backend="triton", **settings)
     block_calls = [call for call in seen if call[0] is tuple]
     assert block_calls, "the kernel of attention was not called"
-    assert block_calls == [(tuple, not layers)] * len(block_calls)
+    assert block_calls == [(tuple, want_kernels)] * len(block_calls)
     assert torch.equal(out.sequences, want.sequences)
     assert torch.equal(out.sequence_passes, want.sequence_passes)
 
@@ -354,7 +357,7 @@ def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch
     hidden_states = LLaDA.hidden_states
 
     def noted(self: LLaDA, *arguments: Any) -> Any:
-        calls.append(arguments[5:] == (True,))
+        calls.append(arguments[5:] == (Kernels.BETWEEN,))
         return hidden_states(self, *arguments)
 
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
@@ -368,6 +371,21 @@ def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch
         assert any(calls) == (value == "1" and most == 32)
     assert Fake.captures == 2
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
+def test_a_wish_for_layer_kernels_that_cannot_be_had(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dllm_engine.kernels import early
+
+    model = ending_model(d_model=32, n_heads=2, n_kv_heads=2)
+    monkeypatch.setattr(early, "unavailable", lambda device: "an H100 is needed")
+    for value, message in (
+        ("yes", "DLLM_LAYER_KERNELS: 'yes' given; 0, 1, 2, 3 allowed"),
+        ("3", "DLLM_LAYER_KERNELS: 3 cannot be had here: an H100 is needed"),
+    ):
+        monkeypatch.setenv("DLLM_LAYER_KERNELS", value)
+        with pytest.raises(ValueError, match=message):
+            decode(model, PROMPTS[1:2], policy="topk", gen_length=4, block_length=4, backend="triton")
 
 
 def layer_kernels() -> Any:

@@ -49,10 +49,10 @@ TAIL = """
 """
 
 
-def run(body: str, given: np.ndarray[Any, Any], kind: str = "u4") -> np.ndarray[Any, Any]:
+def run(body: str, given: np.ndarray[Any, Any], kind: str = "u4", head: str = HEAD) -> np.ndarray[Any, Any]:
     """What each of 64 threads leaves in %r9; it begins with its number in %r1, its word of ``given`` in %r2."""
     out, words = np.zeros(64, "u4"), np.ascontiguousarray(given).view("u4")
-    (kernel,) = parse(HEAD + body + TAIL).values()
+    (kernel,) = parse(head + body + TAIL).values()
     memory = Global(a.view(np.uint8) for a in (out, words))
     Machine(kernel, memory, (1,)).run([(a.ctypes.data, np.uint64) for a in (out, words)])
     return out.view(kind)
@@ -162,6 +162,24 @@ def test_copies_are_not_there_before_they_are_waited_for() -> None:
     assert (run(body.replace("	cp.async.commit_group;\n", ""), given) == 0xFFFFFFFF).all()
 
 
+def test_what_is_launched_early_waits() -> None:
+    """Such a kernel may ask for data before the one ahead of it has ended, but touch nothing, nor end."""
+    wait = "griddepcontrol.launch_dependents; prefetch.global.L2 [%d5]; griddepcontrol.wait;"
+    head = HEAD.replace("	ld.global.b32 %r2, [%d5];\n", "")
+    late = "ld.global.b32 %r9, [%d5];"
+    assert run(wait + late, np.arange(64, dtype="u4"), head=head).tolist() == [*range(64)]
+    run(late, np.zeros(64, "u4"), head=head)  # not launched early
+    for body in (
+        late + wait,
+        "setp.eq.s32 %p1, %r1, 3; mov.u32 %r9, 0;\n@%p1 bra $out;\n" + wait + "\n$out:",
+        "setp.eq.s32 %p1, %r1, 3; mov.u32 %r9, 0;\n@%p1 ret;\n" + wait,
+    ):
+        with pytest.raises(Fault, match="before the kernel ahead has ended"):
+            run(body, np.zeros(64, "u4"), head=head)
+    with pytest.raises(Fault, match="outside"):
+        run(wait.replace("%d5", "%d5+4") + late, np.zeros(64, "u4"), head=head)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -259,6 +277,67 @@ def test_what_a_compiler_may_not_leave_out(
         score(device, 70)
 
 
+EARLY_KERNELS = {
+    "_multiply": lambda x: products().linear(x, x, early=True),
+    "_add_norm": lambda x: layer().add_norm(x, x, x[0], 1e-5, early=True),
+    "_silu_mul": lambda x: layer().silu_mul(x, early=True),
+    "_rope_write": lambda x: layer().rope_write(
+        x[None, :1], *(torch.ones(1, 1, 1, 16),) * 2, *torch.zeros(2, 1, 1, 3, 16, dtype=x.dtype).unbind(0),
+        torch.zeros(1, 1, dtype=torch.int64), heads=2, early=True,
+    ),
+    "_attend": lambda x: attend(x, 1),
+    "_merge": lambda x: attend(x, 2),
+}  # fmt: skip
+
+
+def products() -> Any:
+    """Imported late: it imports Triton."""
+    from dllm_engine.kernels import products
+
+    return products
+
+
+def layer() -> Any:
+    """See `products`."""
+    from dllm_engine.kernels import layer
+
+    return layer
+
+
+def attend(x: torch.Tensor, splits: int) -> None:
+    from dllm_engine.kernels.block_attention import block_attention
+
+    q, keys = x.view(1, 1, 4, 64), torch.zeros(1, 1, 300, 64, dtype=x.dtype)
+    block_attention(q, keys, keys, torch.zeros(1).long(), torch.full((1,), 290), splits=splits, early=True)
+
+
+@of_current_compilers
+@pytest.mark.parametrize("name", EARLY_KERNELS)
+def test_early_kernels_wait(device: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each waits once, before it touches anything, and lets the next come; without the wait the machine stops it."""
+    from ptx import triton
+
+    x = torch.zeros(4, 64).bfloat16()
+    texts: list[str] = []
+
+    def noted(text: str) -> Any:
+        texts.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(triton, "parse", noted)
+    EARLY_KERNELS[name](x)
+    assert name in device.launches
+    for text in texts:
+        assert len(re.findall(r"griddepcontrol\.wait\s*;", text)) == 1
+        assert len(re.findall(r"griddepcontrol\.launch_dependents\s*;", text)) == 1
+    device._compiled.clear()
+    monkeypatch.setattr(
+        triton, "parse", lambda text: parse(re.sub(r"griddepcontrol\.wait\s*;", "", text) if name in text else text)
+    )
+    with pytest.raises(Fault, match="launched early and does not wait"):
+        EARLY_KERNELS[name](x)
+
+
 @pytest.mark.skipif(ptx_cuda.NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("rows", [20, 70])
 def test_the_cuda_kernel_scores_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
@@ -282,6 +361,7 @@ def test_the_cuda_kernel_scores_rows(monkeypatch: pytest.MonkeyPatch, rows: int)
         "test_decode_step.py",
         "test_block_attention.py",
         "test_layer_kernels.py",
+        "test_products.py",
         "test_fused_layer.py",
         "test_graphs.py -k kernels",
     ],

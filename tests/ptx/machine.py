@@ -44,6 +44,7 @@ class Machine:
         assert isinstance(products, AsyncProducts)
         self.products = products
         self.program = [self._compile(i) for i in kernel.code]
+        self.dependent = any(i.parts[:2] == ("griddepcontrol", "wait") for i in kernel.code)
 
     def run(self, arguments: Sequence[tuple[Any, Any]], order: Sequence[int] | None = None) -> None:
         """arguments: (value, numpy dtype) each, or bytes of a structure. order: in which blocks run."""
@@ -84,6 +85,7 @@ class Machine:
         groups: dict[int, Array] = {0: self.all.copy()}
         waiting: dict[int, Array] = {}
         alive = self.all.copy()
+        self.early = self.all.copy() if self.dependent else ~self.all
 
         def join(at: int, mask: Array) -> None:
             groups[at] = groups[at] | mask if at in groups else mask
@@ -113,6 +115,9 @@ class Machine:
                     if stay.any():
                         join(at + 1, stay)
                     break
+                if (self.early & self.mask).any() and (name in ("ret", "exit") or "global" in instruction.parts):
+                    if name != "prefetch":
+                        raise Fault(f"before the kernel ahead has ended: {instruction.text}")
                 if name in ("ret", "exit"):
                     alive &= ~self.mask
                     if (mask & ~self.mask).any():
@@ -219,6 +224,10 @@ class Machine:
         if name in self.units:
             unit = self.units[name]
             return lambda mask: unit(self, i, mask)
+        if name == "griddepcontrol":
+            return self._depend(i)
+        if name == "prefetch":
+            return lambda mask: self.memory.check(self.addresses(i.operands[0], mask), i.text)
         if name in ("bra", "ret", "exit", "bar", "barrier", "membar", "fence", "cvta") or "warp" in i.parts:
             if name == "cvta":
                 return lambda mask: self.write(i.operands[0], self.read(i.operands[1], "b64"))
@@ -236,6 +245,13 @@ class Machine:
                 self.write(i.operands[0], small(kind, operation.run, modifiers, *values))
             else:
                 self.write(i.operands[0], operation.run(kind, modifiers, *values))
+
+        return run
+
+    def _depend(self, i: Instruction) -> Run:
+        def run(mask: Array) -> None:
+            if i.parts[1] == "wait":
+                self.early &= ~mask
 
         return run
 

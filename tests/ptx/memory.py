@@ -88,6 +88,10 @@ class Global:
         for part, mine in self._parts(address, what):
             part.put(address[mine], values[mine], warps[mine], what)
 
+    def check(self, address: Array, what: str) -> None:
+        """That each address is one of an array."""
+        self._parts(address, what)
+
     def _parts(self, address: Array, what: str) -> list[tuple[Memory, Array]]:
         found = [(part, mine) for part in self.parts if (mine := part.holds(address)).any()]
         if sum(mine.sum() for _, mine in found) < len(address):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptx.machine import Machine
-from ptx.memory import Global
+from ptx.memory import Fault, Global
 from ptx.text import Kernel, parse
 
 NAMES = {
@@ -73,6 +73,8 @@ class Device:
         # scratch memory that the compiler may ask for: none
         arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
         machine = Machine(entry, memory, grid, shared=shared)
+        if options.get("launch_pdl", False) != machine.dependent:
+            raise Fault(f"{entry.name}: launched early and does not wait, or waits and is not launched early")
         machine.run(arguments)
         self.instructions.append(sum(machine.counts.values()))
 
@@ -115,16 +117,16 @@ def install(device: Device, put: Callable[[Any, str, Any], None]) -> None:
 
     from dllm_engine import graphs
     from dllm_engine.backends import BACKENDS, Backend
-    from dllm_engine.kernels import block_attention, decode_step, layer
+    from dllm_engine.kernels import block_attention, decode_step, layer, products
 
     def run(kernel: Any, *values: Any, **options: Any) -> None:
-        if "UPCAST" in options and kernel is block_attention._attend:
+        if kernel in (block_attention._attend, products._multiply):
             options["UPCAST"] = False  # that is for the interpreter
         device.run(kernel, *values, **options)
 
     put(JITFunction, "run", run)
     put(torch.cuda, "get_device_capability", lambda *_: divmod(device.arch, 10))
-    put(layer, "interpreted", lambda: True)  # they take CPU tensors
-    put(block_attention, "interpreted", lambda: True)
+    for module in (layer, block_attention, products):
+        put(module, "interpreted", lambda: True)  # they take CPU tensors
     put(graphs, "block_attention_available", lambda *_: None)
     BACKENDS["triton"] = Backend("", ("cpu",), decode_step.row_stats, decode_step.decode_step_)

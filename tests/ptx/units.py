@@ -202,8 +202,8 @@ class AsyncProducts(Unit):
         assert (rows, depth, i.parts[5]) == (64, 16, "f32")
         flags = [int(str(o), 0) for o in i.operands[4:]]
         turned = flags[2:] if len(flags) == 4 else [0, *flags[2:]]
-        if flags[:2] != [1, 1] or (turned and turned[0]):
-            raise NotImplementedError("negated operands, or a transposed left one")
+        if flags[:2] != [1, 1]:
+            raise NotImplementedError("negated operands")
         registers = a if isinstance(a, tuple) else ()
         if self.dirty.intersection(to + registers):
             raise Fault("wgmma: registers were written and no fence followed")
@@ -212,7 +212,7 @@ class AsyncProducts(Unit):
         if isinstance(a, tuple):
             left = _left(machine, a, kind).reshape(groups, 64, 16)
         else:
-            left = np.stack([self.operand(a, g, 64, kind, reads) for g in range(groups)])
+            left = np.stack([self.operand(a, g, 64, kind, reads, bool(turned[0])) for g in range(groups)])
         right = np.stack([self.operand(b, g, columns, kind, reads, bool(turned[1])) for g in range(groups)])
         product = left @ right.transpose(0, 2, 1)  # [groups, 64, columns]
         adds = machine.read(i.operands[3], "pred")

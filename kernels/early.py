@@ -1,0 +1,43 @@
+"""Kernels that are launched before the one ahead of them has ended (programmatic dependent launch, sm_90).
+
+What does not depend on that one, from the launch itself to asking for the first weights, then costs no time of its own.
+Such a kernel may touch nothing that another one writes before `begin` returns, and every thread must come through it:
+that a kernel has ended then means that all before it have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    MISSING = ""
+except ImportError:
+    MISSING = f"Triton 3.4 is needed, this is {triton.__version__}"
+    gdc_launch_dependents = gdc_wait = None
+
+
+def unavailable(device: torch.device) -> str:
+    """Why kernels cannot be launched early on ``device``, "" if they can."""
+    if MISSING:
+        return MISSING
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 9 else f"compute capability 9.0 is needed, this device has {major}.{minor}"
+
+
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """The next kernel may come; what the ones before have written is there from here on."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+def options(early: bool) -> dict[str, Any]:
+    """Of a launch."""
+    return {"launch_pdl": True} if early else {}

@@ -1,0 +1,176 @@
+"""Products of a layer's matrices with few rows, in Triton.
+
+With the 32 rows of a block a product takes as long as reading its matrix, if enough of it is on its way all the time.
+So every matrix is read by some hundred programs: where there are fewer tiles of features, programs share the depth. The
+shares are not added up here, which would be a launch, but by the kernel of `layer` that reads the product next.
+Runs on CUDA devices, and on CPUs under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dllm_engine.kernels import early as dependent
+from dllm_engine.kernels.decode_step import interpreted
+from dllm_engine.kernels.early import gdc_launch_dependents, gdc_wait
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_ROWS = 64  # with more, products are multiplied, not read: that is cuBLAS's
+PROGRAMS = 160  # wanted, all at once on a large device; a constant, as the sums depend on it
+
+
+class Config(NamedTuple):
+    """Tile sizes."""
+
+    features: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def config_for(rows: int) -> Config:
+    """Two programs find room on a multiprocessor, each with 64 KB of weights under way (48 with over 32 rows)."""
+    return Config(128, 64, 4, 5 if rows <= 32 else 4)
+
+
+class Parts(NamedTuple):
+    """A product whose depth was shared out.
+
+    Attributes:
+        sums: float32 [parts, ..., F], contiguous; their sum, added up from the first to the last and rounded to
+            ``dtype``, is the product.
+    """
+
+    sums: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.sums.shape[1:]
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums.device
+
+
+def taken_apart(product: Tensor | Parts) -> tuple[Tensor, int, int]:
+    """The product, or its first part; the distance of two parts; their number, 0 if it is whole."""
+    return (product.sums[0], product.sums.stride(0), len(product.sums)) if isinstance(product, Parts) else (product, 0, 0)
+
+
+@triton.jit
+def load_product(product, at, live, part_stride, PARTS: tl.constexpr, like):
+    """Elements of a product in float32, those of parts rounded to the type of the pointer ``like`` as a whole one is."""
+    value = tl.load(product + at, mask=live, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, PARTS):
+        product += part_stride
+        value += tl.load(product + at, mask=live, other=0.0)
+    if PARTS > 0:
+        value = value.to(like.dtype.element_ty).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _multiply(
+    x, weight, out, count, size, depth, x_row, span,
+    AHEAD: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile of features of all rows, over a share of the depth.
+
+    Weights are the left operand: there are always enough of them for Hopper's own products.
+    AHEAD: tiles that are asked for before the kernel ahead has ended; 0: it has.
+    """
+    f = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    r, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, depth)
+    weights = weight + f.to(tl.int64)[:, None] * depth
+    if AHEAD > 0:
+        gdc_launch_dependents()
+        for tile in tl.static_range(AHEAD):
+            first = tl.minimum(f, size - 1).to(tl.int64) * depth + tl.minimum(begin + tile * DEPTH, end - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(weight + first).to(tl.int64)], tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+        gdc_wait()
+    sums = tl.zeros([FEATURES, ROWS], tl.float32)
+    for k in range(begin, end, DEPTH):
+        inside = k + d < end
+        w = tl.load(weights + (k + d)[None, :], mask=(f < size)[:, None] & inside[None, :], other=0.0)
+        rows_at = x + r.to(tl.int64)[:, None] * x_row + (k + d)[None, :]
+        v = tl.load(rows_at, mask=(r < count)[:, None] & inside[None, :], other=0.0)
+        if UPCAST:
+            w, v = w.to(tl.float32), v.to(tl.float32)
+        sums = tl.dot(w, tl.trans(v), sums, input_precision="ieee")
+    place = (tl.program_id(1) * count + r).to(tl.int64)[None, :] * size + f[:, None]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=(f < size)[:, None] & (r < count)[None, :])
+
+
+def shares(size: int, depth: int, config: Config) -> int:
+    """Programs that share the depth of a tile of features: a power of two; each has four steps at least."""
+    wanted = PROGRAMS / triton.cdiv(size, config.features)
+    most = max(1, depth // (4 * config.depth))
+    return 1 << min(max(0, round(math.log2(wanted))), most.bit_length() - 1)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether `linear` takes the dtype and number of rows of ``x`` [..., D]."""
+    return x.dtype in DTYPES and 1 <= x.shape[:-1].numel() <= MAX_ROWS
+
+
+def linear(
+    x: Tensor, weight: Tensor, *, early: bool = False, parts: int | None = None, config: Config | None = None
+) -> Tensor | Parts:
+    """x · weightᵀ, accumulated in float32.
+
+    Args:
+        x: [..., D], bfloat16 or float16, rows at equal distances, their elements one behind the other; at most
+            `MAX_ROWS` rows.
+        weight: [F, D], the same dtype, contiguous.
+        early: see `dllm_engine.kernels.early`.
+        parts: programs that share the depth, 1 or more, by default `shares`. config: by default `config_for`.
+
+    Returns:
+        [..., F] in x's dtype, or its `Parts`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.device != x.device:
+        given = f"{x.dtype} on {x.device} and {weight.dtype} on {weight.device}"
+        raise ValueError(f"x, weight: both bfloat16 or both float16 on one device expected, {given} given")
+    if x.device.type != "cuda" and not interpreted():
+        raise ValueError(f"x: on {x.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets, slowly")
+    if weight.ndim != 2 or not weight.is_contiguous() or x.shape[-1:] != weight.shape[1:] or not weight.numel():
+        raise ValueError(f"x, weight: [..., D] and contiguous [F, D] expected, {[*x.shape]} and {[*weight.shape]} given")
+    rows, (size, depth) = x.shape[:-1].numel(), weight.shape
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"x: 1 to {MAX_ROWS} rows expected, {rows} given")
+    try:
+        flat = x.view(rows, depth)
+    except RuntimeError:
+        raise ValueError(f"x: rows at equal distances expected, {[*x.shape]} by {x.stride()} given") from None
+    if flat.stride(1) != 1:
+        raise ValueError(f"x: the last stride must be 1, it is {flat.stride(1)}")
+    config = config or config_for(rows)
+    count = shares(size, depth, config) if parts is None else parts
+    if count < 1:
+        raise ValueError(f"parts: 1 or more expected, {parts} given")
+    span = triton.cdiv(triton.cdiv(depth, count), config.depth) * config.depth
+    count = triton.cdiv(depth, span)  # of whole tiles fewer may be enough
+    dtype = x.dtype if count == 1 else torch.float32
+    out = torch.empty(count, *x.shape[:-1], size, dtype=dtype, device=x.device)
+    _multiply[(triton.cdiv(size, config.features), count)](
+        flat, weight, out, rows, size, depth, flat.stride(0), span,
+        AHEAD=config.stages - 1 if early else 0, UPCAST=interpreted() and x.dtype == torch.bfloat16,
+        ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **dependent.options(early),
+    )  # fmt: skip
+    return out[0] if count == 1 else Parts(out, x.dtype)
