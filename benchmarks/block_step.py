@@ -6,7 +6,8 @@ timed alone, the whole as the engine runs it; *host* is the difference (on a bus
 On a GPU the first two are one CUDA graph; the model's share of it is what is left without the second.
 Beside them stands the time that the step cannot beat on this machine: the bytes that it must read (matrices, keys and
 values) over the bandwidth measured in this run, or its multiplications over the rate measured in this run, whichever is
-longer. Where the kernels of `dllm_engine.kernels.layer` are used, the step with torch's in their place takes turns too.
+longer. Where the kernels of `dllm_engine.kernels.layer` are used, the step takes turns with more and fewer of them:
+each value of ``DLLM_LAYER_KERNELS`` that can be had.
 
 Weights and cache are random. All rows of the blocks are undecided: a step's head costs most then.
 """
@@ -19,6 +20,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +32,13 @@ from rich.table import Table
 from dllm_engine import LLaDA, ops
 from dllm_engine.buffers import Buffers, available_bytes
 from dllm_engine.kv_cache import KVCache
+from dllm_engine.layers import Kernels
 from dllm_engine.loop import Loop
 from dllm_engine.options import Options
 from dllm_engine.state import DecodeState
 
 BLOCK = 32
+VARIABLE = "DLLM_LAYER_KERNELS"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,12 +64,15 @@ class BlockStep:
         self.state.step_in_block.fill_(1)
         self.state.step.fill_(1)  # at 0 a refresh is due
         self.loop = Loop(model, self.state, options, buffers)
-        self.eager_layers = None  # the same on the same buffers, but with torch between the layers' products
-        if self.loop.block_calls is not None and self.loop.block_calls.fused:
-            before = os.environ.get("DLLM_LAYER_KERNELS", "1")
-            os.environ["DLLM_LAYER_KERNELS"] = "0"
-            self.eager_layers = Loop(model, self.state, options, buffers)
-            os.environ["DLLM_LAYER_KERNELS"] = before
+        self.others: dict[Kernels, Loop] = {}  # the same on the same buffers, with other kernels
+        if self.loop.block_calls is not None and self.loop.block_calls.kernels:
+            before = os.environ.get(VARIABLE)
+            for kernels in other_kernels(self.loop.block_calls.kernels, model, batch * BLOCK):
+                os.environ[VARIABLE] = str(int(kernels))
+                self.others[kernels] = Loop(model, self.state, options, buffers)
+            os.environ.pop(VARIABLE, None)
+            if before is not None:
+                os.environ[VARIABLE] = before
         changed = (self.state.tokens, self.state.undecided, self.state.predicted, self.state.progress)
         self.saved = [(tensor, tensor.clone()) for tensor in changed]
         self.where = self.loop.where
@@ -75,9 +82,8 @@ class BlockStep:
     def restore(self) -> None:
         for tensor, saved in self.saved:
             tensor.copy_(saved)
-        for loop in (self.loop, self.eager_layers):
-            if loop is not None:
-                loop.where = self.where
+        for loop in (self.loop, *self.others.values()):
+            loop.where = self.where
 
     @torch.inference_mode()
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +115,16 @@ class BlockStep:
         (loop or self.loop).step()
 
 
+def other_kernels(used: Kernels, model: LLaDA, rows: int) -> list[Kernels]:
+    """What else a layer of ``rows`` rows could be made of here, and would differ."""
+    from dllm_engine.kernels import early, products
+
+    most = Kernels.EARLY if not early.unavailable(model.device) else Kernels.PRODUCTS
+    if not products.fits(torch.empty(rows, 0, dtype=model.dtype, device="meta")):
+        most = Kernels.BETWEEN  # with more of them the products would still be torch's
+    return [kernels for kernels in Kernels if kernels != used and kernels <= max(most, used)]
+
+
 def cache_bytes(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> int:
     return KVCache.bytes_per_token(shape.config(length), dtype) * batch * length
 
@@ -133,17 +149,19 @@ def measure(
         contenders["forward"] = block.forward
     else:
         contenders |= {"call": block.call, "decode_step": graphed(block.decode_step)}
-    if block.eager_layers is not None:
-        contenders["step, eager layers"] = lambda: block.step(block.eager_layers)
+    for kernels, loop in block.others.items():
+        contenders[f"step, {kernels.name}"] = partial(block.step, loop)
     times = interleaved(contenders, model.device, seconds)
     if (calls := times.pop("call", None)) is not None:
         times["forward"] = [call - op for call, op in zip(calls, times["decode_step"], strict=True)]
     parts = zip(times["step"], times["forward"], times["decode_step"], strict=True)
     read, operations = work(shape, batch, length, model.dtype)
-    eager = times.pop("step, eager layers", None)
-    compared = {} if eager is None else {
-        "step_eager_layers_seconds": statistics.median(eager), "speedup_over_eager_layers": ratio(eager, times["step"]),
-    }  # fmt: skip
+    block_calls = block.loop.block_calls
+    compared: dict[str, Any] = {} if block_calls is None else {"layer_kernels": block_calls.kernels.name}
+    for kernels in block.others:
+        others = times.pop(f"step, {kernels.name}")
+        compared[f"step_{kernels.name}_seconds"] = statistics.median(others)
+        compared[f"speedup_over_{kernels.name}"] = ratio(others, times["step"])
     return {
         "benchmark": "block_step", "batch": batch, "length": length, "block": BLOCK, "runs": len(times["step"]),
         **{f"{name}_seconds": statistics.median(turns) for name, turns in times.items()}, **compared,
@@ -158,16 +176,19 @@ def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, title_justify="left")
     for column in (
         "length", "batch", "step ms", "forward ms", "decode step ms", "host ms", "bytes floor ms", "FLOP floor ms",
-        "of the longer", "step, eager layers",
+        "of the longer",
     ):  # fmt: skip
         table.add_column(column, justify="right")
+    others = [kernels.name for kernels in Kernels if any(f"step_{kernels.name}_seconds" in r for r in records)]
+    for name in others:
+        table.add_column(f"step, {name}", justify="right")
     for r in records:
         names = ("step", "forward", "decode_step", "host", "floor_bytes", "floor_operations")
         cells = [f"{1e3 * r[f'{name}_seconds']:,.2f}" for name in names]
         floor = max(r["floor_bytes_seconds"], r["floor_operations_seconds"])
-        seconds = r.get("step_eager_layers_seconds")
-        eager = "" if seconds is None else f"{1e3 * seconds:,.2f}"
-        table.add_row(f"{r['length']:,}", str(r["batch"]), *cells, f"{floor / r['step_seconds']:.0%}", eager)
+        compared = [r.get(f"step_{name}_seconds") for name in others]
+        cells += [f"{floor / r['step_seconds']:.0%}", *("" if s is None else f"{1e3 * s:,.2f}" for s in compared)]
+        table.add_row(f"{r['length']:,}", str(r["batch"]), *cells)
     console.print(table)
 
 

@@ -1,8 +1,9 @@
 """Kernels for a profiler to count in: ``ncu --profile-from-start off python benchmarks/counters.py``.
 
 The scoring of the decode step where bytes are the limit (32 rows) and where products are (1,024), by each backend that
-can run, and the attention of a block. Each call is made once before, which compiles it, and once between the profiler's
-marks, in the order that is printed. `gpu.py` runs this with the sections that tell what a kernel waits for.
+can run, the attention of a block, and a layer's widest and narrowest product. Each call is made once before, which
+compiles it, and once between the profiler's marks, in the order that is printed. `gpu.py` runs this with the sections
+that tell what a kernel waits for.
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ def calls(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
             print(f"attention: left out: {reason}")
         else:
             yield f"attention, 32 rows to {COLUMNS} columns", partial(run, 0)
+        import products
+
+        width = head.shape[1]
+        for name, (size, depth) in {"gate_up": (6 * width, width), "attn_out": (width, width)}.items():
+            product = products.Problem(32, size, depth, dtype, device, 1)
+            if reason := failure(partial(product.check, product.kernel)):
+                print(f"{name}: left out: {reason}")
+            else:
+                yield f"{name}, 32 rows x {size} x {depth}", partial(product.kernel, 0)
 
 
 def main() -> None:

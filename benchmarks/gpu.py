@@ -50,12 +50,14 @@ class Step(NamedTuple):
 BENCHMARKS = (  # in the order of what is lost if time runs out
     ("decode_step", ["decode_step.py", "--seconds", "2"], 120),
     ("block_step", ["block_step.py", "--seconds", "1"], 100),
+    ("products", ["products.py", "--sweep", "--seconds", "1"], 100),
     ("tiles", ["tiles.py", "--milliseconds", "25", "--rows", "8", "32", "64", "1024"], 100),
     ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 100),
     ("block_attention", ["block_attention.py", "--seconds", "1"], 60),
     ("scaling", ["scaling.py", "--seconds", "1", "--gen-lengths", "64", "128", "256"], 120),
 )
-TESTS = [f"test_{name}" for name in "row_stats decode_step block_attention layer_kernels fused_layer gpu".split()]
+KERNELS = "row_stats decode_step block_attention layer_kernels products fused_layer gpu"
+TESTS = [f"test_{name}" for name in KERNELS.split()]
 STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS), "counters")
 # what a kernel waits for, and how much of each unit's time it uses
 SECTIONS = (
@@ -192,7 +194,7 @@ def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | No
         found.append(Step(name, [python, f"benchmarks/{script}", *arguments], limit))
     if ncu:
         counts = ["--clock-control", "none", "--profile-from-start", "off"]
-        counts += ["--kernel-name", "regex:_score_rows|decode_step_kernel|_attend"]
+        counts += ["--kernel-name", "regex:_score_rows|decode_step_kernel|_attend|_multiply"]
         counts += [part for section in SECTIONS for part in ("--section", section)]
         found.append(Step("counters", [ncu, *counts, python, "benchmarks/counters.py"], 100))
     return found

@@ -26,6 +26,8 @@ def unavailable(device: torch.device) -> str:
     """Why kernels cannot be launched early on ``device``, "" if they can."""
     if MISSING:
         return MISSING
+    if device.type != "cuda":
+        return f"a CUDA device is needed, this is {device}"
     major, minor = torch.cuda.get_device_capability(device)
     return "" if major >= 9 else f"compute capability 9.0 is needed, this device has {major}.{minor}"
 

@@ -61,12 +61,14 @@ class Parts(NamedTuple):
 
 def taken_apart(product: Tensor | Parts) -> tuple[Tensor, int, int]:
     """The product, or its first part; the distance of two parts; their number, 0 if it is whole."""
-    return (product.sums[0], product.sums.stride(0), len(product.sums)) if isinstance(product, Parts) else (product, 0, 0)
+    return (
+        (product.sums[0], product.sums.stride(0), len(product.sums)) if isinstance(product, Parts) else (product, 0, 0)
+    )
 
 
 @triton.jit
 def load_product(product, at, live, part_stride, PARTS: tl.constexpr, like):
-    """Elements of a product in float32, those of parts rounded to the type of the pointer ``like`` as a whole one is."""
+    """Elements of a product in float32; those of parts are rounded to the type of the pointer ``like``."""
     value = tl.load(product + at, mask=live, other=0.0).to(tl.float32)
     for _ in tl.static_range(1, PARTS):
         product += part_stride
@@ -79,33 +81,37 @@ def load_product(product, at, live, part_stride, PARTS: tl.constexpr, like):
 @triton.jit
 def _multiply(
     x, weight, out, count, size, depth, x_row, span,
-    AHEAD: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of features of all rows, over a share of the depth.
 
     Weights are the left operand: there are always enough of them for Hopper's own products.
-    AHEAD: tiles that are asked for before the kernel ahead has ended; 0: it has.
+    WHOLE: the depth is one of whole tiles. AHEAD: tiles asked for before the kernel ahead has ended; 0: it has.
     """
     f = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     r, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, depth)
-    weights = weight + f.to(tl.int64)[:, None] * depth
+    # what is past the last feature or row is that one again: a mask would cost more, and it is not stored
+    weights = weight + tl.minimum(f, size - 1).to(tl.int64)[:, None] * depth
+    rows = x + tl.minimum(r, count - 1).to(tl.int64)[:, None] * x_row
     if AHEAD > 0:
         gdc_launch_dependents()
         for tile in tl.static_range(AHEAD):
-            first = tl.minimum(f, size - 1).to(tl.int64) * depth + tl.minimum(begin + tile * DEPTH, end - 1)
+            first = weights + tl.minimum(begin + tile * DEPTH, end - 1)
             tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(weight + first).to(tl.int64)], tl.int32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [first.to(tl.int64)], tl.int32, is_pure=False, pack=1
+            )
         gdc_wait()
     sums = tl.zeros([FEATURES, ROWS], tl.float32)
     for k in range(begin, end, DEPTH):
-        inside = k + d < end
-        w = tl.load(weights + (k + d)[None, :], mask=(f < size)[:, None] & inside[None, :], other=0.0)
-        rows_at = x + r.to(tl.int64)[:, None] * x_row + (k + d)[None, :]
-        v = tl.load(rows_at, mask=(r < count)[:, None] & inside[None, :], other=0.0)
+        at = (k + d)[None, :]
+        if WHOLE:
+            w, v = tl.load(weights + at), tl.load(rows + at)
+        else:
+            w = tl.load(weights + at, mask=at < end, other=0.0)
+            v = tl.load(rows + at, mask=at < end, other=0.0)
         if UPCAST:
             w, v = w.to(tl.float32), v.to(tl.float32)
         sums = tl.dot(w, tl.trans(v), sums, input_precision="ieee")
@@ -149,7 +155,9 @@ def linear(
     if x.device.type != "cuda" and not interpreted():
         raise ValueError(f"x: on {x.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets, slowly")
     if weight.ndim != 2 or not weight.is_contiguous() or x.shape[-1:] != weight.shape[1:] or not weight.numel():
-        raise ValueError(f"x, weight: [..., D] and contiguous [F, D] expected, {[*x.shape]} and {[*weight.shape]} given")
+        raise ValueError(
+            f"x, weight: [..., D] and contiguous [F, D] expected, {[*x.shape]} and {[*weight.shape]} given"
+        )
     rows, (size, depth) = x.shape[:-1].numel(), weight.shape
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"x: 1 to {MAX_ROWS} rows expected, {rows} given")
@@ -169,7 +177,8 @@ def linear(
     out = torch.empty(count, *x.shape[:-1], size, dtype=dtype, device=x.device)
     _multiply[(triton.cdiv(size, config.features), count)](
         flat, weight, out, rows, size, depth, flat.stride(0), span,
-        AHEAD=config.stages - 1 if early else 0, UPCAST=interpreted() and x.dtype == torch.bfloat16,
+        WHOLE=depth % config.depth == 0, AHEAD=config.stages - 1 if early else 0,
+        UPCAST=interpreted() and x.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **dependent.options(early),
     )  # fmt: skip

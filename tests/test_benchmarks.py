@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from cases import SLOWLY
 from rich.console import Console
 
 from dllm_engine import LLaDA, backends, graphs, policies
+from dllm_engine.layers import Kernels
 from dllm_engine.policy_text import PolicyText
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -65,17 +67,47 @@ def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert widths == [(2, block_step.BLOCK)] * 2
 
 
+def test_products(run: Run) -> None:
+    pytest.importorskip("triton")
+    text = run("products.py", "--shape", "tiny", "--rows", "3", "--seconds", "0", "--dry-run")
+    assert [name in text for name in ("qkv: 3 rows x 96 x 32", "ff_out: 3 rows x 32 x 48")] == [True, True]
+
+
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
+def test_products_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is swept through is checked and timed; what is wrong is told."""
+    import products
+    from models import SHAPES
+
+    for name, (size, depth) in products.matrices(SHAPES["8b"]).items():
+        found = products.choices(size, depth, 32)
+        config = products.products.config_for(32)
+        assert (config, products.products.shares(size, depth, config)) in found, name
+    monkeypatch.setattr(products, "choices", lambda *shape: [(products.Config(64, 32, 4, 3), 2)])
+    problem = products.Problem(3, 70, 96, torch.bfloat16, torch.device("cpu"), 1)
+    with io.StringIO() as file:
+        records = products.measure(problem, True, 0.0, 1e9, Console(file=file, width=200))
+        assert [r["contender"] for r in records] == ["torch", "kernel", "64 x 32, 4 warps, 3 stages, 2 parts"]
+        assert not file.getvalue()
+        monkeypatch.setattr(products, "linear", lambda x, weight, **_: x @ weight.T * 1.1)
+        records = products.measure(problem, True, 0.0, 1e9, Console(file=file, width=200))
+        assert [r["contender"] for r in records] == ["torch"]
+        assert "kernel is not timed: off by" in file.getvalue()
+
+
 @pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
 def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: both ways take turns on the same buffers and state, each by its own kernels."""
     import block_step
     from models import SHAPES, random_model
 
-    calls: list[bool] = []
+    from dllm_engine.kernels import early
+
+    calls: list[Kernels] = []
     hidden_states = LLaDA.hidden_states
 
     def noted(self: LLaDA, *arguments: Any) -> Any:
-        calls.append(arguments[5:] == (True,))
+        calls.append(arguments[5] if arguments[5:] else Kernels.NONE)
         return hidden_states(self, *arguments)
 
     monkeypatch.setattr(graphs, "supported", lambda forward, options: True)
@@ -85,15 +117,28 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
     step = block_step.BlockStep(model, 1, 8)
     committed = []
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
-    for loop, fused in ((step.loop, True), (step.eager_layers, False), (step.loop, True)):
+    assert list(step.others) == [Kernels.NONE]  # products in float32 are torch's in any case
+    for loop, kernels in (
+        (step.loop, Kernels.BETWEEN),
+        (step.others[Kernels.NONE], Kernels.NONE),
+        (step.loop, Kernels.BETWEEN),
+    ):
         calls.clear()
         step.step(loop)
-        assert calls == [fused]
+        assert calls == [kernels]
         committed.append(step.state.tokens.clone())
     assert all(torch.equal(tokens, committed[0]) for tokens in committed)
     monkeypatch.setattr(block_step, "graphed", lambda run: run)
     record = block_step.measure(model, shape, 1, 8, {"bandwidth": 1.0, "flops": 1.0}, 0.0)
-    assert record["step_eager_layers_seconds"] > 0
+    assert record["layer_kernels"] == "BETWEEN"
+    assert record["step_NONE_seconds"] > 0
+    half = random_model(shape, device=torch.device("cpu"), dtype=torch.bfloat16, max_length=8)
+    monkeypatch.setattr(early, "unavailable", lambda device: "no GPU")
+    step = block_step.BlockStep(half, 1, 8)
+    assert list(step.others) == [Kernels.NONE, Kernels.PRODUCTS]
+    calls.clear()
+    step.step(step.others[Kernels.PRODUCTS])
+    assert calls == [Kernels.PRODUCTS]
     assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SLOWLY
+from cases import PTX, SLOWLY
 from conftest import ending_model
 
 from dllm_engine import Engine, LearnedFilter, LLaDA, decode, graphs
@@ -374,6 +374,32 @@ def test_graphs_with_and_without_the_layer_kernels(fixed: list[int], monkeypatch
 
 
 @pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
+def test_all_kernels_of_a_block_call(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16, where each value of the variable changes what runs: the tokens are those of torch's layers."""
+    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2)
+    model = LLaDA.uninitialised(source.config, torch.device("cpu"), torch.float16)
+    model.load_state_dict(source.state_dict())
+    multiplied: list[bool] = []
+    linear = product_kernels().linear
+
+    def noted(*arguments: Any, early: bool) -> Any:
+        multiplied.append(early)
+        return linear(*arguments, early=early)
+
+    monkeypatch.setattr(product_kernels(), "linear", noted)
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 8, "block_length": 4, "backend": "triton"}
+    found = []
+    for kernels in list(Kernels)[: 4 if PTX == 90 else 3]:
+        multiplied.clear()
+        monkeypatch.setenv("DLLM_LAYER_KERNELS", str(int(kernels)))
+        found.append(decode(model, PROMPTS[:2], **settings).sequences)
+        calls = [kernels is Kernels.EARLY] * len(multiplied)
+        assert multiplied == calls
+        assert bool(calls) == (kernels >= Kernels.PRODUCTS)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.skipif(not SLOWLY, reason="test_ops runs this one by Triton's interpreter")
 def test_a_wish_for_layer_kernels_that_cannot_be_had(fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     from dllm_engine.kernels import early
 
@@ -386,6 +412,13 @@ def test_a_wish_for_layer_kernels_that_cannot_be_had(fixed: list[int], monkeypat
         monkeypatch.setenv("DLLM_LAYER_KERNELS", value)
         with pytest.raises(ValueError, match=message):
             decode(model, PROMPTS[1:2], policy="topk", gen_length=4, block_length=4, backend="triton")
+
+
+def product_kernels() -> Any:
+    """See `layer_kernels`."""
+    from dllm_engine.kernels import products
+
+    return products
 
 
 def layer_kernels() -> Any:

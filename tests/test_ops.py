@@ -235,7 +235,9 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("kernel", ["row_stats", "decode_step", "block_attention", "layer_kernels", "products", "fused_layer"])
+@pytest.mark.parametrize(
+    "kernel", ["row_stats", "decode_step", "block_attention", "layer_kernels", "products", "fused_layer"]
+)
 def test_interpreted_triton(kernel: str) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
     pytest.importorskip("triton")

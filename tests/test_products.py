@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dllm_engine.kernels import early, products
+from dllm_engine.kernels import early, layer, products
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 from dllm_engine.kernels.products import Config, Parts, config_for, linear, shares
 
@@ -169,19 +169,22 @@ def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         linear(X, W)
 
 
-def test_wrong_arguments_in_parts() -> None:
+def test_wrong_arguments_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "interpreted", lambda: True)
     with pytest.raises(ValueError, match=r"delta: \[6, 16\] expected, \[6, 8\] given"):
         add_norm(torch.zeros(6, 16), Parts(torch.zeros(2, 6, 8), torch.float32), torch.ones(16), EPS)
 
 
 def test_early_needs_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(early, "MISSING", "")
-    assert early.unavailable(torch.device("cpu")) == "compute capability 9.0 is needed, this device has 8.6"
+    assert early.unavailable(device) == "compute capability 9.0 is needed, this device has 8.6"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert not early.unavailable(torch.device("cpu"))
+    assert not early.unavailable(device)
+    assert early.unavailable(torch.device("cpu")) == "a CUDA device is needed, this is cpu"
     monkeypatch.setattr(early, "MISSING", "Triton 3.4 is needed")
-    assert early.unavailable(torch.device("cpu")) == "Triton 3.4 is needed"
+    assert early.unavailable(device) == "Triton 3.4 is needed"
 
 
 def test_a_tile_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:

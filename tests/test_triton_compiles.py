@@ -12,6 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+from_3_4 = pytest.mark.skipif(TRITON < (3, 4), reason="Triton before 3.4 cannot launch early")
 PTXAS = next((BIN / name for name in ("ptxas-blackwell", "ptxas") if (BIN / name).exists()), None)  # the newer one
 POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
@@ -25,13 +27,15 @@ DATA = ("hidden", "head", "q", "keys", "values", "out", "x", "delta", "weight", 
 STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out", "cache") for of in ("batch", "head", "row")]
 STRIDES += ["hidden_stride", "head_stride", "x_row", "delta_row", "qkv_batch", "qkv_row", "table_batch", "table_row"]
 # as Triton finds them for a real model
-ALIGNED = (*DATA, *STRIDES, "dim", "parts", "cos", "sin", "columns", "size", "row_stride")
+ALIGNED = (*DATA, *STRIDES, "dim", "parts", "cos", "sin", "columns", "size", "row_stride", "depth", "span")
+ALIGNED += ("delta_part", "qkv_part", "part_stride")
 
 
 def report(
-    kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16", **more: Any
-) -> Any:
-    """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports."""
+    kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16",
+    parts: tuple[str, ...] = (), **more: Any,
+) -> Any:  # fmt: skip
+    """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports. parts: pointers to float32."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -39,7 +43,7 @@ def report(
         if name in constants:
             return "constexpr"
         if name in DATA:
-            return f"*{dtype}"
+            return "*fp32" if name in parts else f"*{dtype}"
         if name in POINTERS:
             return f"*{POINTERS[name]}"
         return "fp32" if name in ("temperature", "cut", "scale", "eps") else "i32"
@@ -153,7 +157,11 @@ def test_attend(attention: Any, arch: int, direct: bool, dtype: str, dim: int, r
     config = attention.config_for(TORCH[dtype], dim, rows)
     assert config.rows == rows
     constants = {"DIRECT": direct, "UPCAST": False, "ROWS": config.rows, "KEYS": config.keys, "DIM": dim}
-    registers, spilled, shared, ptx = report(attention._attend, constants, arch, config.warps, config.stages, dtype)
+    constants["EARLY"] = early = arch == 90 and TRITON >= (3, 4)
+    more = {"launch_pdl": True} if early else {}
+    registers, spilled, shared, ptx = report(
+        attention._attend, constants, arch, config.warps, config.stages, dtype, **more
+    )
     assert spilled == 0
     assert registers <= 255
     assert shared <= (163 if arch == 80 else 227) * 1024
@@ -165,7 +173,7 @@ def test_attend(attention: Any, arch: int, direct: bool, dtype: str, dim: int, r
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dim", [16, 128, 256])
 def test_merge_of_attention(attention: Any, arch: int, dim: int) -> None:
-    constants = {"ROWS": attention.MERGE_ROWS, "DIM": dim}
+    constants = {"EARLY": False, "ROWS": attention.MERGE_ROWS, "DIM": dim}
     registers, spilled, _, _ = report(attention._merge, constants, arch, 4, 3)
     assert spilled == 0
     assert registers <= 255
@@ -175,9 +183,9 @@ def test_merge_of_attention(attention: Any, arch: int, dim: int) -> None:
 def test_attention_of_one_row(attention: Any) -> None:
     """Triton makes constants of arguments that are 1."""
     ones = dict.fromkeys(("packed", "width", "group", "key_heads", "segments"), 1)
-    constants = ones | {"DIRECT": False, "UPCAST": False, "ROWS": 16, "KEYS": 64, "DIM": 64}
+    constants = ones | {"DIRECT": False, "UPCAST": False, "EARLY": False, "ROWS": 16, "KEYS": 64, "DIM": 64}
     assert report(attention._attend, constants, 90, 4, 3)[1] == 0
-    assert report(attention._merge, ones | {"ROWS": attention.MERGE_ROWS, "DIM": 64}, 90, 4, 3)[1] == 0
+    assert report(attention._merge, ones | {"EARLY": False, "ROWS": attention.MERGE_ROWS, "DIM": 64}, 90, 4, 3)[1] == 0
 
 
 @pytest.fixture
@@ -188,7 +196,10 @@ def layer(kernels: Any) -> Any:
 
 
 def check_elementwise(kernel: Any, constants: dict[str, Any], arch: int, warps: int, dtype: str) -> str:
-    registers, spilled, _, ptx = report(kernel, constants, arch, warps, 3, dtype, enable_fp_fusion=False)
+    constants = {"PARTS": 0, "EARLY": False} | constants
+    more = {"launch_pdl": True} if constants["EARLY"] else {}
+    parts = ("delta", "qkv", "gate_up") if constants["PARTS"] else ()
+    registers, spilled, _, ptx = report(kernel, constants, arch, warps, 3, dtype, parts, enable_fp_fusion=False, **more)
     assert spilled == 0
     assert registers * warps * 32 <= 65536
     # each product and sum is rounded, as in eager torch (a product of two bfloat16 may be an fma of bfloat16 and −0)
@@ -226,6 +237,52 @@ def test_silu_mul(layer: Any, arch: int, dtype: str) -> None:
     ptx = check_elementwise(layer._silu_mul, {"BLOCK": layer.BLOCK}, arch, 4, dtype)
     assert "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_4)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_layer_of_products_in_parts(layer: Any, dtype: str, early: bool) -> None:
+    """LLaDA-8B's on Hopper: each reads 16 bytes at once."""
+    common = {"PARTS": 4, "EARLY": early}
+    block, warps = layer.norm_tile(4096)
+    for kernel, constants, by in (
+        (layer._add_norm, {"ADD": True, "BLOCK": block}, warps),
+        (layer._rope_write, {"HEADS": layer.HALVES // 64, "HALF": 64}, 2),
+        (layer._silu_mul, {"BLOCK": layer.BLOCK}, 4),
+    ):
+        ptx = check_elementwise(kernel, constants | common, 90, by, dtype)
+        assert "ld.global.v4" in ptx
+        assert ("griddepcontrol.wait" in ptx) == early
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_4)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_multiply(kernels: Any, arch: int, rows: int, dtype: str, early: bool) -> None:
+    """Two programs fit onto a multiprocessor, and weights come in while products are made."""
+    from dllm_engine.kernels import products
+
+    if early and arch == 80:
+        pytest.skip("there is no such launch")
+    config = products.config_for(rows)
+    constants = {
+        "WHOLE": True, "AHEAD": config.stages - 1 if early else 0, "UPCAST": False,
+        "ROWS": rows, "FEATURES": config.features, "DEPTH": config.depth,
+    }  # fmt: skip
+    for out in ((), ("out",)):
+        registers, spilled, shared, ptx = report(
+            products._multiply, constants, arch, config.warps, config.stages, dtype, out,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+        assert spilled == 0
+        assert 2 * registers * config.warps * 32 <= 65536
+        assert 2 * (shared + 1024) <= (164 if arch == 80 else 228) * 1024
+        assert "cp.async" in ptx
+        assert ("wgmma.wait_group.sync.aligned 1" in ptx) == (arch == 90), ptx
+        assert ptx.count("prefetch.global.L2") == constants["AHEAD"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.kv_cache import LayerCache
-from dllm_engine.layers import Joined
+from dllm_engine.layers import Joined, Kernels
 from dllm_engine.noise import philox
 
 from .tasks import Task
@@ -74,7 +74,7 @@ class OracleModel(LLaDA):
         seen: Tensor | tuple[Tensor, Tensor] | None = None,
         caches: list[LayerCache] | None = None,
         joined: list[Joined | None] | None = None,
-        fused: bool = False,
+        kernels: Kernels = Kernels.NONE,
     ) -> Tensor:
         """See `LLaDA.hidden_states`: [B, L, D] for tokens [B, L], a prompt of `prompts` and the answer's columns.
 

@@ -115,9 +115,9 @@ class Machine:
                     if stay.any():
                         join(at + 1, stay)
                     break
-                if (self.early & self.mask).any() and (name in ("ret", "exit") or "global" in instruction.parts):
-                    if name != "prefetch":
-                        raise Fault(f"before the kernel ahead has ended: {instruction.text}")
+                acts = name in ("ret", "exit") or ("global" in instruction.parts and name != "prefetch")
+                if acts and (self.early & self.mask).any():
+                    raise Fault(f"before the kernel ahead has ended: {instruction.text}")
                 if name in ("ret", "exit"):
                     alive &= ~self.mask
                     if (mask & ~self.mask).any():
