@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 BENCHMARKS = (  # in the order of what is lost if time runs out
     ("decode_step", ["decode_step.py", "--seconds", "2"], 120),
-    ("block_step", ["block_step.py", "--seconds", "1"], 100),
+    ("block_step", ["block_step.py", "--seconds", "1", "--batches", "1", "2", "4", "16", "32"], 100),
     ("products", ["products.py", "--sweep", "--seconds", "1"], 100),
     ("tiles", ["tiles.py", "--milliseconds", "25", "--rows", "8", "32", "64", "1024"], 100),
     ("end_to_end", ["end_to_end.py", "--case", "8b", "--turns", "3"], 100),
