@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-try:
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""
-except ImportError:
-    MISSING = f"Triton 3.4 is needed, this is {triton.__version__}"
+else:  # 3.4 has them, but they do not compile
     gdc_launch_dependents = gdc_wait = None
+    MISSING = f"Triton 3.5 is needed, this is {triton.__version__}"
 
 
 def unavailable(device: torch.device) -> str:

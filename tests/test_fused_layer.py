@@ -42,7 +42,8 @@ def joined_model(device: str, dtype: torch.dtype, **changes: Any) -> LLaDA:
 
 def ways() -> list[Kernels]:
     """All, where kernels can be launched early."""
-    here = PTX == 90 if SLOWLY else torch.cuda.is_available() and not early.unavailable(torch.device("cuda"))
+    here = PTX == 90 if SLOWLY else torch.cuda.is_available()
+    here = here and not early.unavailable(torch.device("cuda"))
     return [kernels for kernels in Kernels if here or kernels < Kernels.EARLY]
 
 

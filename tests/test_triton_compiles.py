@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-from_3_4 = pytest.mark.skipif(TRITON < (3, 4), reason="Triton before 3.4 cannot launch early")
+from_3_5 = pytest.mark.skipif(TRITON < (3, 5), reason="Triton before 3.5 cannot launch early")
 PTXAS = next((BIN / name for name in ("ptxas-blackwell", "ptxas") if (BIN / name).exists()), None)  # the newer one
 POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
@@ -157,7 +157,7 @@ def test_attend(attention: Any, arch: int, direct: bool, dtype: str, dim: int, r
     config = attention.config_for(TORCH[dtype], dim, rows)
     assert config.rows == rows
     constants = {"DIRECT": direct, "UPCAST": False, "ROWS": config.rows, "KEYS": config.keys, "DIM": dim}
-    constants["EARLY"] = early = arch == 90 and TRITON >= (3, 4)
+    constants["EARLY"] = early = arch == 90 and TRITON >= (3, 5)
     more = {"launch_pdl": True} if early else {}
     registers, spilled, shared, ptx = report(
         attention._attend, constants, arch, config.warps, config.stages, dtype, **more
@@ -240,7 +240,7 @@ def test_silu_mul(layer: Any, arch: int, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_4)])
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_5)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_layer_of_products_in_parts(layer: Any, dtype: str, early: bool) -> None:
     """LLaDA-8B's on Hopper: each reads 16 bytes at once."""
@@ -257,7 +257,7 @@ def test_layer_of_products_in_parts(layer: Any, dtype: str, early: bool) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_4)])
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=from_3_5)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("rows", [16, 32, 64])
 @pytest.mark.parametrize("arch", [80, 90])

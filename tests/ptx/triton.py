@@ -128,6 +128,6 @@ def install(device: Device, put: Callable[[Any, str, Any], None]) -> None:
     put(torch.cuda, "get_device_capability", lambda *_: divmod(device.arch, 10))
     for module in (layer, block_attention, products):
         put(module, "interpreted", lambda: True)  # they take CPU tensors
-    put(early, "unavailable", lambda _: "" if device.arch >= 90 else "compute capability 9.0 is needed")
+    put(early, "unavailable", lambda _: early.MISSING if device.arch >= 90 else "compute capability 9.0 is needed")
     put(graphs, "block_attention_available", lambda *_: None)
     BACKENDS["triton"] = Backend("", ("cpu",), decode_step.row_stats, decode_step.decode_step_)
