@@ -55,9 +55,8 @@ class Engine:
             TypeError, ValueError, RuntimeError: a bad argument, or a backend that cannot run here.
             MemoryError: the device has not that many bytes left.
         """
-        for name, value in (("max_batch", max_batch), ("max_length", max_length)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
+        checks.check_count("max_batch", max_batch)
+        checks.check_count("max_length", max_length)
         loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
         resolve_backend(backend, loaded, 0.0)
         self.cache: Cache | None = Cache.of(default(loaded, "cache") if cache is None else cache)

@@ -205,8 +205,8 @@ def test_an_open_iterator_keeps_the_engine(model: LLaDA) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_batch": 0}, ValueError, "max_batch: 0 given; an int of at least 1"),
-        ({"max_length": 2.0}, ValueError, "max_length: 2.0 given"),
+        ({"max_batch": 0}, ValueError, "max_batch: 0 given; at least 1 is needed"),
+        ({"max_length": 2.0}, TypeError, "max_length: 2.0 given"),
         ({"cache": "half"}, ValueError, "cache: 'half' given; known: none, prefix, dual"),
         ({"backend": "abacus"}, ValueError, "backend: 'abacus' given"),
     ],

@@ -187,7 +187,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("options", "message"),
     [
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
-        (("--workers", "0"), "workers: 0 given; an int of at least 1"),
+        (("--workers", "0"), "workers: 0 given; at least 1 is needed"),
         (("--rows-per-task", "0"), "rows_per_task: 0 given"),
         (("--policy", "best"), "policy: 'best' given"),
         (("--policy", "topk=3", "--gen-length", "128"), "tokens a step must divide gen_length 128"),

@@ -169,8 +169,7 @@ def absolute(model: str | Path | None) -> str | None:
 
 def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: {value!r} given; an int of at least 1 is needed")
+        checks.check_count(name, value)
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
