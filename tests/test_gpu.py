@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import matrices
-from conftest import GOLDEN
+from conftest import GOLDEN, ending_model
 from test_decode_step import STATE, fresh_state, rules_for
 
 from dllm_engine import Engine, LLaDA, backends, decode, ops
@@ -141,12 +141,43 @@ def test_graphs_are_captured_again_after_a_growth() -> None:
             assert all(torch.equal(sequences, first[0]) for sequences in (*first, *again))
 
 
-@pytest.mark.parametrize("graphs", ["0", "1"])
-def test_no_host_synchronisation_in_a_block_call(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def want_kernels(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``DLLM_LAYER_KERNELS``, or no test."""
+    from dllm_engine.kernels import early
+
+    if kernels == "3" and (reason := early.unavailable(torch.device("cuda"))):
+        pytest.skip(reason)
+    monkeypatch.setenv("DLLM_LAYER_KERNELS", kernels)
+
+
+@pytest.mark.parametrize("kernels", ["1", "2", "3"])
+def test_layer_kernels_give_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's layers, kernel by kernel, then captured, then replayed."""
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2)
+    model = LLaDA.uninitialised(source.config, torch.device("cuda"), torch.float16)
+    model.load_state_dict(source.state_dict())
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 4, "cache": "dual"}
+    monkeypatch.setenv("DLLM_LAYER_KERNELS", "0")
+    expected = decode(model, [[4, 5, 6], [7, 8]], **settings).sequences
+    want_kernels(kernels, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a failed capture warns
+        for _ in range(3):
+            assert torch.equal(decode(model, [[4, 5, 6], [7, 8]], **settings).sequences, expected)
+    kept = Engine.kept(model)._buffers
+    assert kept is not None
+    assert sum(graph is not None for graph in kept.graphs.values()) >= 2, "nothing was captured"
+
+
+@pytest.mark.parametrize(("graphs", "kernels"), [("0", "1"), ("1", "1"), ("1", "2"), ("1", "3")])
+def test_no_host_synchronisation_in_a_block_call(graphs: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if unavailable("triton"):
         pytest.skip(unavailable("triton"))
     monkeypatch.setenv("DLLM_GRAPHS", graphs)
-    model = LLaDA.from_pretrained(GOLDEN / "checkpoint", device="cuda", dtype="float32")
+    want_kernels(kernels, monkeypatch)
+    model = LLaDA.from_pretrained(GOLDEN / "checkpoint", device="cuda", dtype="float16")
     settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual", "policy": TopK()}
     for _ in range(2):  # compiles, captures
         decode(model, [[4, 5, 6], [7, 8]], **settings)
