@@ -236,7 +236,7 @@ def interpreted(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["row_stats", "decode_step", "block_attention", "layer_kernels", "products", "fused_layer"]
+    "kernel", ["row_stats", "decode_step", "block_attention", "layer_kernels", "products", "fused_layer", "block_calls"]
 )
 def test_interpreted_triton(kernel: str) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
@@ -244,9 +244,9 @@ def test_interpreted_triton(kernel: str) -> None:
     interpreted(f"tests/test_{kernel}.py")
 
 
-def test_interpreted_block_calls() -> None:
+def test_interpreted_benchmarks() -> None:
     pytest.importorskip("triton")
-    interpreted("tests/test_graphs.py", "tests/test_benchmarks.py", "-k", "kernels")
+    interpreted("tests/test_benchmarks.py", "-k", "kernels")
 
 
 @pytest.mark.slow

@@ -363,7 +363,7 @@ def test_the_cuda_kernel_scores_rows(monkeypatch: pytest.MonkeyPatch, rows: int)
         "test_layer_kernels.py",
         "test_products.py",
         "test_fused_layer.py",
-        "test_graphs.py -k kernels",
+        "test_block_calls.py",
     ],
 )
 def test_kernels_as_compiled(tests: str) -> None:
