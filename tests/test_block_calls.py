@@ -34,19 +34,18 @@ def loaded(source: LLaDA, dtype: torch.dtype) -> LLaDA:
     return model
 
 
-@pytest.mark.parametrize("layers", ["", "apart", "off", "products"])
+@pytest.mark.parametrize("layers", ["", "apart", "off"])
 def test_the_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, layers: str) -> None:
     """The whole call as on a GPU: attention reads its bounds from the state, the layer's kernels write the cache, the
-    Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch; products are
-    torch's in float32, which their kernel does not take.
+    Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch.
     """
     sizes: dict[str, Any] = {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "mlp_hidden_size": 50}  # heads of 16
     torch.manual_seed(0)  # biases
     model = source = ending_model(**sizes, include_qkv_bias=True)
     if layers != "apart":
         model = loaded(source, torch.float32)
-    monkeypatch.setenv("DLLM_LAYER_KERNELS", {"off": "0", "products": "2"}.get(layers, "1"))
-    want_kernels = {"": Kernels.BETWEEN, "products": Kernels.PRODUCTS}.get(layers, Kernels.NONE)
+    monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")
+    want_kernels = Kernels.NONE if layers else Kernels.BETWEEN
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
     seen: list[tuple[Any, Kernels]] = []
     hidden_states = LLaDA.hidden_states
