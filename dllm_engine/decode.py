@@ -13,10 +13,12 @@ from dllm_engine.model import LLaDA
 from dllm_engine.outputs import DecodeOutput
 from dllm_engine.policies import Policy
 from dllm_engine.refresh import Cache
+from dllm_engine.uncompiled import uncompiled
 
 __all__ = ["DecodeOutput", "decode"]
 
 
+@uncompiled
 @torch.inference_mode()
 def decode(
     model: LLaDA | nn.Module,

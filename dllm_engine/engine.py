@@ -24,6 +24,7 @@ from dllm_engine.policies import Policy
 from dllm_engine.refresh import Cache
 from dllm_engine.state import DecodeState
 from dllm_engine.streaming import stream_to
+from dllm_engine.uncompiled import uncompiled
 
 _KEEPING = threading.Lock()
 _KEPT: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -112,6 +113,7 @@ class Engine:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
+    @uncompiled
     @torch.inference_mode()
     def decode(
         self,

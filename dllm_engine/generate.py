@@ -11,11 +11,13 @@ from dllm_engine.model import LLaDA
 from dllm_engine.options import Options, resolve_backend
 from dllm_engine.policies import Random, TopK
 from dllm_engine.refresh import Cache
+from dllm_engine.uncompiled import uncompiled
 
 _LLADA_MASK_ID = 126336  # the default of LLaDA's generate(): here it means the model's own mask id
 _REMASKING = {"low_confidence": TopK, "random": Random}
 
 
+@uncompiled
 @torch.inference_mode()
 def generate(
     model: LLaDA | nn.Module,

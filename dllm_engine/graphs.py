@@ -64,6 +64,7 @@ class BlockCalls:
         reason = block_attention_available(device, self.model.dtype, self.model.config.head_dim)
         self.by_kernel = reason is None and self.state.block_length <= MAX_WIDTH
         self.kernels = self._layer_kernels() if self.by_kernel else Kernels.NONE
+        self.altered = self.model.altered()
         self.joined: list[int] = []
         ids = tuple(tuple(t.tolist()) for t in (scoring["banned_ids"], scoring["excluded_ids"]))  # host: once a decode
         self.key = (
@@ -117,8 +118,8 @@ class BlockCalls:
 
     @property
     def captures(self) -> bool:
-        """Whether calls become graphs; ``DLLM_GRAPHS=0`` runs the same calls kernel by kernel."""
-        wanted = os.environ.get("DLLM_GRAPHS", "1") != "0"
+        """Whether calls become graphs; ``DLLM_GRAPHS=0`` runs the same calls kernel by kernel, as hooks need it."""
+        wanted = os.environ.get("DLLM_GRAPHS", "1") != "0" and not self.altered
         return wanted and self.model.device.type == "cuda" and self.buffers.graphs_work
 
     def _capture(self, count: int) -> Kept | None:

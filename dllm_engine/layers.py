@@ -56,6 +56,13 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether to multiply by the module's weight is to call it: it is one of ours, and nobody hooked it."""
+    ours = type(module) in (Linear, Embedding, RMSNorm, Block, nn.ModuleList)
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return ours and not hooks
+
+
 class Kernels(IntEnum):
     """How much of a layer of a block call is made by `dllm_engine.kernels`; each includes the one before."""
 

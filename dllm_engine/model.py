@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dllm_engine import generation_config, weights
 from dllm_engine.config import LLaDAConfig, read_json
-from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm
+from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm, plain
 from dllm_engine.tokenizer import load_tokenizer, read_facts
 
 if TYPE_CHECKING:
@@ -151,8 +151,19 @@ class LLaDA(nn.Module):
 
     @property
     def lm_head(self) -> Tensor:
-        """Head weight [V, D]; the embedding itself where they are tied."""
-        return self.wte.weight if self.config.weight_tying else self.ff_out.weight
+        """Head weight [V, D]; the embedding itself where they are tied.
+
+        Raises:
+            ValueError: the head has been replaced or hooked, which those who multiply by its weight would not see.
+        """
+        if self.config.weight_tying:
+            return self.wte.weight
+        if not plain(self.ff_out):
+            raise ValueError(
+                f"model: its LM head, ff_out, is a {type(self.ff_out).__name__} or has hooks; the head is multiplied "
+                "as it is, so merge an adapter and remove hooks"
+            )
+        return self.ff_out.weight
 
     @property
     def tokenizer(self) -> Any:
@@ -179,8 +190,14 @@ class LLaDA(nn.Module):
         cos, sin = self._rope
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
+    def altered(self) -> bool:
+        """Whether a module has been replaced (by an adapter) or hooked, so that it must be called as it is."""
+        return not all(plain(module) for module in (self.ln_f, *self.blocks.modules()))
+
     def joined_weights(self) -> list[Joined | None]:
-        """`Block.joined` of every layer."""
+        """`Block.joined` of every layer; None for each if the model is `altered`."""
+        if self.altered():
+            return [None] * len(self.blocks)
         return [block.joined() for block in self.blocks]  # type: ignore[operator]
 
     def hidden_states(
