@@ -203,7 +203,10 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
         name, _, file = text.partition("=")
         if not name or not file or name in (*filters.values(), *policies.names(), "oracle"):
             raise ValueError(f"--filter: {text!r} given; NAME=FILE is needed, the name used by nothing else")
-        PolicyText.parse(f"learn2pd={file}")
+        if PolicyText.parse(f"learn2pd={file}").value is not None:
+            raise ValueError(f"--filter: {text!r} given; the sweep sets the thresholds, a file alone is needed")
+        if file in filters:
+            raise ValueError(f"--filter: {text!r} given; {filters[file]} is this file already")
         filters[file] = name
     if args.plot:
         from dllm_engine.cli_plot import pyplot

@@ -82,8 +82,8 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         raise ValueError(f"--output: {args.output} given; a directory is needed, the filter is a file in it")
     if args.kind not in KINDS:
         raise ValueError(f"--kind: {args.kind!r} given; known: {', '.join(KINDS)}")
-    if not 0 < args.risk < 1:
-        raise ValueError(f"--risk: {args.risk} given; more than 0 and less than 1 allowed")
+    if not train_filter.LEAST_RISK <= args.risk < 1:
+        raise ValueError(f"--risk: {args.risk} given; {train_filter.LEAST_RISK:g} or more and less than 1 allowed")
     Cache.of(args.cache)
     checks.check_seeds(args.seed, 1)
     checks.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)

@@ -92,23 +92,35 @@ class LLaDAConfig:
                 raise ValueError(f"{source}: key {key!r} is missing{hint}")
             return raw[key]
 
-        d_model, n_heads = int(need("d_model")), int(need("n_heads"))
-        n_kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else n_heads)
-        vocab_size = int(need("vocab_size"))
-        eos = need("eos_token_id")
+        def count(key: str) -> int:
+            return _whole(need(key), key, source)
+
+        def real(key: str) -> float:
+            value = need(key)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{source}: {key} is {value!r}; a number is needed")
+            return float(value)
+
+        d_model, n_heads = count("d_model"), count("n_heads")
+        n_kv_heads = (
+            count("n_kv_heads") if raw.get("n_kv_heads") else 1 if raw.get("multi_query_attention") else n_heads
+        )
+        vocab_size = count("vocab_size")
         config = cls(
             d_model=d_model,
-            n_layers=int(need("n_layers")),
+            n_layers=count("n_layers"),
             n_heads=n_heads,
-            n_kv_heads=int(n_kv_heads),
-            mlp_hidden_size=int(raw.get("mlp_hidden_size") or need("mlp_ratio") * d_model),
+            n_kv_heads=n_kv_heads,
+            mlp_hidden_size=count("mlp_hidden_size")
+            if raw.get("mlp_hidden_size")
+            else int(real("mlp_ratio") * d_model),
             vocab_size=vocab_size,
-            embedding_size=int(raw.get("embedding_size") or vocab_size),
-            max_sequence_length=int(need("max_sequence_length")),
-            mask_token_id=int(need("mask_token_id")),
-            eos_token_ids=tuple(int(i) for i in (eos if isinstance(eos, list | tuple) else [eos])),
-            rms_norm_eps=float(need("rms_norm_eps")),
-            rope_theta=float(need("rope_theta")),
+            embedding_size=count("embedding_size") if raw.get("embedding_size") else vocab_size,
+            max_sequence_length=count("max_sequence_length"),
+            mask_token_id=count("mask_token_id"),
+            eos_token_ids=id_list(need("eos_token_id"), "eos_token_id", source),
+            rms_norm_eps=real("rms_norm_eps"),
+            rope_theta=real("rope_theta"),
             weight_tying=bool(need("weight_tying")),
             include_qkv_bias=bool(raw.get("include_qkv_bias")),
         )
@@ -135,6 +147,22 @@ class LLaDAConfig:
                     raise ValueError(f"{source}: {name} {i} is outside the {self.embedding_size} embedding rows")
         if self.mask_token_id in self.eos_token_ids:
             raise ValueError(f"{source}: mask_token_id {self.mask_token_id} is also an eos_token_id")
+
+
+def _whole(value: Any, key: str, source: str) -> int:
+    """JSON has one kind of number: 32.0 is 32."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"{source}: {key} is {value!r}; a whole number is needed")
+    return int(value)
+
+
+def id_list(value: Any, key: str, source: str) -> tuple[int, ...]:
+    """The ids under a key that may hold one or a list of them.
+
+    Raises:
+        ValueError: something else.
+    """
+    return tuple(_whole(i, key, source) for i in (value if isinstance(value, list | tuple) else [value]))
 
 
 def read_json(file: Path) -> dict[str, Any]:

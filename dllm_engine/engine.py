@@ -313,7 +313,9 @@ class Engine:
             if self._buffers is None:
                 raise RuntimeError("this engine is closed")
             if self._busy:
-                raise RuntimeError("this engine is busy: finish or close the iterator of generate_many first")
+                raise RuntimeError(
+                    "this engine is busy: a decode calls back from it, or an iterator of generate_many is not finished"
+                )
             if self._buffers.device != self.model.device:  # the model was moved
                 self._buffers = Buffers(self.model.device)
             self._busy, buffers = True, self._buffers

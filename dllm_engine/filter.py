@@ -66,7 +66,8 @@ class LearnedFilter(nn.Module):
         width, middle, out = (block_length,) * 3 if kind == "block" else (features.COUNT, hidden, 1)
         self.linear1 = nn.Linear(width, middle, dtype=torch.float32)
         self.linear2 = nn.Linear(middle, out, dtype=torch.float32)
-        self.kind, self.block_length, self.threshold = kind, block_length, threshold
+        self.kind, self.block_length = kind, block_length
+        self.threshold = None if threshold is None else float(threshold)
         self.ends_wait = ends_wait
         self.confidence_of_decided = confidence_of_decided
         self.ids, self.cache, self.about, self.forced = dict(ids or {}), cache, dict(about or {}), forced
@@ -103,13 +104,13 @@ class LearnedFilter(nn.Module):
             )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write ``filter.safetensors`` into a directory (made if needed), or to a ``.safetensors`` file."""
+        """Write ``filter.safetensors`` into a directory, or to a ``.safetensors`` file; directories are made."""
         from safetensors.torch import save_file
 
         target = Path(path)
         if target.suffix != ".safetensors":
-            target.mkdir(parents=True, exist_ok=True)
             target = target / FILTER_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "format": "dllm-engine filter 2",
             "kind": self.kind,
@@ -175,7 +176,13 @@ def model_ids(model: ModelFacts) -> dict[str, Any]:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if file.suffix in (".pth", ".pt"):
-        return dict(torch.load(file, map_location="cpu", weights_only=True)), None
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes end in anything, and torch's advice is to trust them
+            raise ValueError(f"filter: {file} is no file of tensors by torch.save ({type(error).__name__})") from None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"filter: {file} holds a {type(tensors).__name__}; a dict of tensors is needed")
+        return dict(tensors), None
     from safetensors import SafetensorError, safe_open
 
     try:

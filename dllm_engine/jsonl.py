@@ -7,6 +7,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 
+def _encodes(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """JSON objects of the lines that are not empty, with their line numbers.
 
@@ -22,6 +30,8 @@ def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, A
                 row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+            if "\\u" in text and not _encodes(row):
+                raise ValueError(f"{name}, line {number}: half of a surrogate pair, which no file can hold")
             if not isinstance(row, dict):
                 raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
             yield number, row

@@ -17,7 +17,7 @@ from dllm_engine.end_of_text import predict_end_
 from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
-from dllm_engine.policies.base import Policy, decide_
+from dllm_engine.policies.base import Policy, decide_, probes_of, reach_of
 from dllm_engine.state import DecodeState
 
 _USERS: dict[int, weakref.ref[Loop]] = {}
@@ -67,7 +67,7 @@ class Loop:
         self.predicts = options.end_of_text == "predicted"
         self.refresh = options.cache.refresh if options.cache.name != "none" else None
         policy.begin(state)
-        reach = policy.reach(state.block_length, options.gen_length)
+        reach = reach_of(policy, state.block_length, options.gen_length)
         self.reach = max(state.block_length, min(reach, options.gen_length))
         self.forward = Forward(
             model, state, buffers, cache=options.cache.name, cfg_scale=options.cfg_scale, reach=self.reach
@@ -156,7 +156,7 @@ class Loop:
             )
         else:
             block = state.block(sequences, width)
-            probes, decided = self.policy.probes(block), self.policy.reads_decided
+            probes, decided = probes_of(self.policy, block), self.policy.reads_decided
             stats = ops.block_stats(
                 hidden, model.lm_head, block, reads_decided=decided, probe_ids=probes, **self.scoring
             )

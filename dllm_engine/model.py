@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine import generation_config, weights
-from dllm_engine.config import LLaDAConfig, read_json
+from dllm_engine.config import LLaDAConfig, id_list, read_json
 from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm, plain
 from dllm_engine.tokenizer import load_tokenizer, read_facts
 
@@ -117,8 +117,8 @@ class LLaDA(nn.Module):
         generation = directory / generation_config.FILE
         if generation.exists():
             raw = read_json(generation)
-            eos = raw.get("eos_token_id")
-            end_ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if raw.get("eos_token_id") is not None:
+                end_ids += id_list(raw["eos_token_id"], "eos_token_id", str(generation))
             self.generation_defaults = generation_config.defaults(raw, str(generation))
         facts = read_facts(directory)
         end_ids += facts.end_ids

@@ -73,7 +73,7 @@ class PolicyText:
             FileNotFoundError, ValueError: there is no filter, or it cannot be read.
         """
         if self.name == "learn2pd" and (self.file or self.value is not None):
-            return policies.Learn2PD(self.file or str(model.path), self.value)
+            return policies.Learn2PD(self.file or policies.shipped_filter(model), self.value)
         if self.value is None or _is_static(self.name):
             return self.name
         return _make(self.name, self.value, *self.more)

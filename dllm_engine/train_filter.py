@@ -19,6 +19,7 @@ from torch import Tensor
 from dllm_engine.features import position_features
 from dllm_engine.filter import HIDDEN, LearnedFilter
 
+LEAST_RISK = 1e-9  # less cannot be told from any number of rows
 BINS = 10
 
 
@@ -70,8 +71,8 @@ def train(
         UserWarning: too few validation rows to tell such a risk, a filter that commits nothing, or one that was wrong
             more often on the test prompts.
     """
-    if not 0 < risk < 1:
-        raise ValueError(f"risk: {risk} given; more than 0 and less than 1 allowed")
+    if not LEAST_RISK <= risk < 1:
+        raise ValueError(f"risk: {risk} given; {LEAST_RISK:g} or more and less than 1 allowed")
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs: {epochs} given; at least 1 is needed")
     if hidden < 1:

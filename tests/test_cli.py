@@ -131,7 +131,10 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
         (("generate", "--prompt", "x", "--model", "/no/such/dir"), "no directory /no/such/dir"),
         (("generate", "--prompt", "x", "--gen-length", "30"), "block_length: 32 given; it must divide gen_length 30"),
         (("generate", "--prompt", "x", "--policy", "best"), "policy: 'best' given; known: auto, topk"),
-        (("generate", "--prompt", "x", "--policy", "topk=3"), "topk=3 given; tokens a step must divide gen_length 128"),
+        (
+            ("generate", "--prompt", "x", "--policy", "topk=3"),
+            "topk=3 given; tokens a step must divide block_length 32",
+        ),
         (("generate", "--prompt", "x", "--policy", "auto=3"), "policy: 'auto=3' given; auto takes no value"),
         (("generate", "--prompt", "x", "--policy", "factor=a"), "'a' given for factor; a number is needed"),
         (("generate", "--prompt", "x", "--policy", "threshold=2"), "threshold: 2.0 given; 0 to 1"),
@@ -183,7 +186,8 @@ def test_errors_are_one_line_and_exit_2(
         ('{"messages": []}', "line 2"),
         ('{"messages": [{"role": "user"}]}', "line 2"),
         ("[1]", "line 2"),
-        ('{"prompt": "\\ud800"}', "prompt 1: prompt: no Unicode text given"),
+        ('{"prompt": "\\ud800"}', "line 2: half of a surrogate pair"),
+        ('{"prompt": "x", "id": ["\\ud800"]}', "line 2: half of a surrogate pair"),
         (json.dumps({"prompt": "Copy " * 1000}), "prompt 1: 1008 tokens given; the model has room for 896"),
     ],
 )

@@ -13,9 +13,10 @@ import pytest
 from test_evaluate import Calls, fresh
 
 from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, evaluate, samples, tasks
-from dllm_engine.demo import trained_tasks
+from dllm_engine.demo import DEMO_MODEL, trained_tasks
 from dllm_engine.evaluate import Row, Setting
 
+FILTER = DEMO_MODEL / "filter.safetensors"
 KEYS = (
     "policy cache end_of_text block_length gen_length accuracy accuracy_low accuracy_high forward_passes"
     " tokens_per_forward tokens_per_second prompts seconds device threads loss loss_upper passes_ratio"
@@ -268,6 +269,8 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
         ("--sweep --filter net", "--filter: 'net' given; NAME=FILE is needed"),
         ("--sweep --filter topk=net", "--filter: 'topk=net' given; NAME=FILE is needed, the name used by nothing else"),
         ("--sweep --filter ours=/no/net", "filter: /no/net does not exist"),
+        (f"--sweep --filter a={FILTER} --filter b={FILTER}", "a is this file already"),
+        (f"--sweep --filter a={FILTER}@0.9", "the sweep sets the thresholds, a file alone is needed"),
     ],
 )
 def test_errors_come_before_the_first_pass(

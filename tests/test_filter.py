@@ -98,9 +98,26 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
             return (open, (str(marker), "w"))
 
     torch.save({"linear1.weight": Evil()}, tmp_path / "filter.pth")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"filter\.pth is no file of tensors by torch\.save \(UnpicklingError\)$"):
         LearnedFilter.from_pretrained(tmp_path / "filter.pth", force=True)
     assert not marker.exists()
+
+
+def test_damaged_published_files(tmp_path: Path) -> None:
+    for name, content in (("empty.pth", b""), ("bad.pt", b"garbage")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"filter: .*{name} is no file of tensors"):
+            LearnedFilter.from_pretrained(tmp_path / name, force=True)
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth holds a list; a dict of tensors is needed"):
+        LearnedFilter.from_pretrained(tmp_path / "list.pth", force=True)
+
+
+def test_saved_where_no_directory_is_with_a_threshold_of_numpy(tmp_path: Path) -> None:
+    learned = LearnedFilter(8, threshold=np.float32(0.5))  # type: ignore[arg-type]
+    for target in (tmp_path / "new" / "one.safetensors", tmp_path / "other" / "directory"):
+        learned.save_pretrained(target)
+        assert LearnedFilter.from_pretrained(target).threshold == 0.5
 
 
 def test_file_errors(tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def test_evaluation_and_traces_say_everything(demo_model: LLaDA, tmp_path: Path)
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"eos_token_id": "1"}, "eos_token_id is '1'; a whole number is needed"),
+        ({"eos_token_id": [1, {}]}, r"eos_token_id is \{\}; a whole number is needed"),
+        ({"eos_token_id": True}, "eos_token_id is True; a whole number is needed"),
         ({"max_new_tokens": "many"}, "max_new_tokens: 'many' given; an int is needed"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0 given; at least 1"),
         ({"gen_length": 12.0}, "gen_length: 12.0 given; an int"),
@@ -178,5 +181,5 @@ def test_names_take_values_as_on_the_command_line(model: LLaDA) -> None:
     assert told(model, policy="threshold=0.95")["policy"] == "Threshold(threshold=0.95)"
     a = decode(model, [[4, 5]], gen_length=32, policy="topk=8")
     assert torch.equal(a.sequences, decode(model, [[4, 5]], gen_length=32, policy="topk", steps=4).sequences)
-    with pytest.raises(ValueError, match="policy: topk=5 given; tokens a step must divide gen_length 32"):
+    with pytest.raises(ValueError, match="policy: topk=5 given; tokens a step must divide block_length 32"):
         decode(model, [[4, 5]], gen_length=32, policy="topk=5")

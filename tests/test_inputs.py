@@ -40,6 +40,8 @@ def model() -> LLaDA:
         ({"policy": "best"}, ValueError, "policy: 'best' given; known: auto, topk, random, threshold"),
         ({"policy": 3}, TypeError, "policy: int given; a name or a policies.Policy"),
         ({"policy": "learn2pd"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
+        ({"policy": "learn2pd@0.5"}, ValueError, "policy: 'learn2pd' by name needs filter.safetensors"),
+        ({"policy": "topk=16"}, ValueError, "policy: topk=16 given; tokens a step must divide block_length 8"),
         ({"cache": "triple"}, ValueError, "cache: 'triple' given; known: none, prefix, dual"),
         ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed, predicted"),
         ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, cpu, triton, cuda, eager"),

@@ -184,5 +184,20 @@ def test_what_a_drafted_rule_returns_is_checked() -> None:
 
 def test_probes_have_a_row_a_position() -> None:
     rule = type("Own", (Policy,), {"name": "own", "probes": lambda self, state: state.left})()
-    with pytest.raises(ValueError, match=r"probe_ids: shape \[2\] given; \[2, 8, K\] is needed"):
+    with pytest.raises(ValueError, match=r"Own\.probes: shape \[2\] returned; \[2, 8, 'K'\] is needed"):
         decode(tiny_model(), [[3, 4], [5]], gen_length=8, block_length=8, policy=rule)
+
+
+@pytest.mark.parametrize(
+    ("hook", "given", "message"),
+    [
+        ("probes", [3], r"Own\.probes: list returned; torch.int64 is needed"),
+        ("probes", torch.zeros(1, 8, 1), r"Own\.probes: torch.float32 returned"),
+        ("reach", 8.0, r"Own\.reach: 8.0 returned; an int is needed"),
+        ("reach", None, r"Own\.reach: None returned"),
+    ],
+)
+def test_hooks_of_another_type_are_named(hook: str, given: Any, message: str) -> None:
+    rule = type("Own", (Policy,), {"name": "own", hook: lambda self, *_: given})()
+    with pytest.raises(TypeError, match=message):
+        decode(tiny_model(), [[3, 4]], gen_length=8, block_length=8, policy=rule)

@@ -278,8 +278,9 @@ def test_a_risk_that_is_not_kept_is_told() -> None:
 
 def test_bad_arguments_are_named() -> None:
     data = synthetic(12)
-    with pytest.raises(ValueError, match="risk: 0 given"):
-        train_filter.train(data, risk=0)
+    for risk in (0, 1e-310, 1.0):
+        with pytest.raises(ValueError, match=f"risk: {risk} given; 1e-09 or more and less than 1 allowed"):
+            train_filter.train(data, risk=risk)
     with pytest.raises(ValueError, match="epochs: 0 given"):
         train_filter.train(data, epochs=0)
     with pytest.raises(ValueError, match="hidden: 0 given"):

@@ -69,7 +69,7 @@ def resolve(policy: Policy | str, model: ModelFacts, *, block_length: int, cache
             return _auto(model, block_length, cache)
         if policy not in RULES:
             raise ValueError(f"policy: {policy!r} given; known: auto, {', '.join(RULES)}")
-        policy = Learn2PD(_shipped_filter(model)) if policy == Learn2PD.name else RULES[policy]()
+        policy = Learn2PD(shipped_filter(model)) if policy == Learn2PD.name else RULES[policy]()
     if not isinstance(policy, Policy):
         raise TypeError(f"policy: {type(policy).__name__} given; a name or a policies.Policy is needed")
     policy.check(model, block_length=block_length, cache=cache)
@@ -89,7 +89,7 @@ def _auto(model: ModelFacts, block_length: int, cache: str) -> Policy:
     if model.path is None or not (model.path / FILTER_FILE).exists():
         return Threshold()
     try:
-        policy = Learn2PD(_shipped_filter(model))
+        policy = Learn2PD(shipped_filter(model))
         policy.check(model, block_length=block_length, cache=cache)
     except ValueError as error:
         warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=5)
@@ -97,7 +97,12 @@ def _auto(model: ModelFacts, block_length: int, cache: str) -> Policy:
     return policy
 
 
-def _shipped_filter(model: ModelFacts) -> LearnedFilter:
+def shipped_filter(model: ModelFacts) -> LearnedFilter:
+    """The filter beside the model's weights.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     if model.path is None or not (model.path / FILTER_FILE).exists():
         raise ValueError(
             f"policy: 'learn2pd' by name needs {FILTER_FILE} beside the model's config.json; "

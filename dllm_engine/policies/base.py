@@ -151,6 +151,31 @@ def asked(policy: Policy, method: str, stats: RowStats, block: BlockState) -> Te
     return given
 
 
+def reach_of(policy: Policy, block_length: int, gen_length: int) -> int:
+    """`Policy.reach`; anything but an int is a TypeError."""
+    given = policy.reach(block_length, gen_length)
+    if not isinstance(given, int):
+        raise TypeError(f"{type(policy).__name__}.reach: {given!r} returned; an int is needed")
+    return given
+
+
+def probes_of(policy: Policy, block: BlockState) -> Tensor | None:
+    """`Policy.probes`.
+
+    Raises:
+        TypeError, ValueError: anything but int64 [B', S, K] or None, naming the policy.
+    """
+    given, name = policy.probes(block), f"{type(policy).__name__}.probes"
+    if given is None:
+        return None
+    if not isinstance(given, Tensor) or given.dtype != torch.int64:
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: {what} returned; torch.int64 is needed")
+    if given.ndim != 3 or given.shape[:2] != block.undecided.shape:
+        raise ValueError(f"{name}: shape {list(given.shape)} returned; {[*block.undecided.shape, 'K']} is needed")
+    return given
+
+
 def allowed_tokens(policy: Policy, stats: RowStats, block: BlockState, banned_ids: Tensor, rows: int) -> Tensor:
     """`Policy.tokens`, −1 where it is an id that may not be written: bans are the engine's. ``rows``: of the head."""
     tokens = asked(policy, "tokens", stats, block)
