@@ -25,9 +25,10 @@ import pytest
 import torch
 from conftest import eight_b_in_miniature
 
-from dllm_engine import LearnedFilter, LLaDA, cli
+from dllm_engine import LearnedFilter, LLaDA, cli, decode
 from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.filter import model_ids
+from dllm_engine.tokenizer import answer_text, encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 # tested by the tests of what they describe
@@ -227,6 +228,24 @@ def test_python(page: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys:
             source = "\n" * block.line + smaller(block.text)
             exec(compile(source, str(ROOT / page), "exec"), names)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_built_in_model_answers_what_the_pages_ask_it(demo_model: LLaDA) -> None:
+    """A reader who runs an example sees a right answer, and the one that is shown beside it."""
+    pages = [*PAGES, *ELSEWHERE, "dllm_engine/cli.py", "dllm_engine/demo_model/README.md"]
+    asked: dict[str, str] = {}
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for task, listed in re.findall(r"\b(Copy|Reverse|Sort): ((?:0 \w+ \w+)(?:, \d \w+ \w+)*)", text):
+            names = [name.partition(" ")[2] for name in listed.split(", ")]
+            answer = {"Copy": names, "Reverse": names[::-1], "Sort": sorted(names)}[task]
+            asked[f"{task}: {listed}"] = ", ".join(answer)
+    asked |= dict(re.findall(r"^    (\S.*)\n    →  (.*)$", text, re.MULTILINE))  # the model card, the last of them
+    assert len(asked) >= 8
+    prompts = [encode_prompt(demo_model.tokenizer, question, chat=True) for question in asked]
+    out = decode(demo_model, prompts, gen_length=64)
+    found = [answer_text(demo_model, ids) for ids in out.sequences[:, -64:].tolist()]
+    assert dict(zip(asked, found, strict=True)) == asked
 
 
 def test_every_substitution_is_of_something_on_a_page() -> None:
