@@ -122,7 +122,7 @@ def checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str
     """The setting's policy; raises for whatever `decode` would reject in the middle of the run."""
     text = setting.policy
     lengths = {"gen_length": setting.gen_length, "block_length": setting.block_length}
-    steps = text.steps(setting.gen_length, setting.steps)
+    steps = text.steps(setting.gen_length, setting.steps, block_length=setting.block_length)
     Cache.of(setting.cache)
     checks.check_options(end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
     inputs.check_lengths(model, longest_prompt, **lengths, steps=steps)

@@ -91,9 +91,7 @@ class Options:
         checks.check_count("gen_length", gen_length)
         if isinstance(policy, str):
             text = PolicyText.parse(policy)
-            if text.is_schedule and text.value and block_length % text.value:
-                raise ValueError(f"policy: {policy} given; tokens a step must divide block_length {block_length}")
-            steps, policy = text.steps(gen_length, steps), text.make(model)
+            steps, policy = text.steps(gen_length, steps, block_length=block_length), text.make(model)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
         policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
         if policy.greedy and temperature > 0:

@@ -83,19 +83,21 @@ class PolicyText:
         """Whether it says how many tokens each step of the static schedule commits."""
         return self.value is not None and _is_static(self.name)
 
-    def steps(self, gen_length: int, steps: int | None = None) -> int | None:
+    def steps(self, gen_length: int, steps: int | None = None, *, block_length: int | None = None) -> int | None:
         """Steps of the static schedule: ``topk=K`` commits K tokens in each.
 
         Raises:
-            ValueError: K does not divide ``gen_length``, or ``steps`` was given as well.
+            ValueError: K does not divide ``gen_length`` or, if it is known, ``block_length``; or ``steps`` was given
+                as well.
         """
         if self.value is None or not self.is_schedule:
             return steps
         text = f"{self.name}={self.value:.0f}"
         if steps is not None:
             raise ValueError(f"steps: {steps} given; {text} sets its own, one of them must go")
-        if gen_length % self.value:
-            raise ValueError(f"policy: {text} given; tokens a step must divide gen_length {gen_length}")
+        for name, length in (("gen_length", gen_length), ("block_length", block_length)):
+            if length and length % self.value:
+                raise ValueError(f"policy: {text} given; tokens a step must divide {name} {length}")
         return gen_length // int(self.value)
 
 

@@ -133,7 +133,7 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
         (("generate", "--prompt", "x", "--policy", "best"), "policy: 'best' given; known: auto, topk"),
         (
             ("generate", "--prompt", "x", "--policy", "topk=3"),
-            "topk=3 given; tokens a step must divide block_length 32",
+            "topk=3 given; tokens a step must divide gen_length 128",
         ),
         (("generate", "--prompt", "x", "--policy", "auto=3"), "policy: 'auto=3' given; auto takes no value"),
         (("generate", "--prompt", "x", "--policy", "factor=a"), "'a' given for factor; a number is needed"),

@@ -264,6 +264,10 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
         ("--tasks copy --names 12 12 --gen-length 32", "--gen-length: 32 given; the longest answer has"),
         ("--tasks copy --block-length 24 --gen-length 32", "block_length: 24 given; it must divide gen_length 32"),
         ("--tasks copy --block-length 4096", "exceeds the model's max_sequence_length"),
+        (
+            "--tasks copy --policy topk=64 --gen-length 64",
+            "policy: topk=64 given; tokens a step must divide block_length",
+        ),
         ("--sweep --policy topk", "--sweep: sets policies and steps itself"),
         ("--filter a=b", "--filter: needs --sweep"),
         ("--sweep --filter net", "--filter: 'net' given; NAME=FILE is needed"),

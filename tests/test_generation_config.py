@@ -181,5 +181,5 @@ def test_names_take_values_as_on_the_command_line(model: LLaDA) -> None:
     assert told(model, policy="threshold=0.95")["policy"] == "Threshold(threshold=0.95)"
     a = decode(model, [[4, 5]], gen_length=32, policy="topk=8")
     assert torch.equal(a.sequences, decode(model, [[4, 5]], gen_length=32, policy="topk", steps=4).sequences)
-    with pytest.raises(ValueError, match="policy: topk=5 given; tokens a step must divide block_length 32"):
+    with pytest.raises(ValueError, match="policy: topk=5 given; tokens a step must divide gen_length 32"):
         decode(model, [[4, 5]], gen_length=32, policy="topk=5")

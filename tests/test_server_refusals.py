@@ -95,7 +95,7 @@ def message(**changes: Any) -> list[dict[str, Any]]:
         ({"policy": "oracle"}, "policy", "policy: 'oracle' given; known"),
         ({"policy": "threshold=2"}, "policy", "threshold: 2.0 given"),
         ({"policy": "topk=5"}, "policy", "tokens a step must divide"),
-        ({"policy": "topk=64"}, "policy", "steps"),
+        ({"policy": "topk=64"}, "policy", "topk=64 given; tokens a step must divide block_length 32"),
         ({"policy": "freedave=20000"}, "policy", "drafts: 20000 given; 2 to 32 allowed"),
         ({"policy": "learn2pd="}, "policy", "policy: "),
         ({"policy": "learn2pd=/etc/passwd"}, "policy", "policy: a request cannot name a file"),

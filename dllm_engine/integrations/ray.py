@@ -183,7 +183,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(every["policy"], str):
         text = PolicyText.parse(every["policy"])
         if "gen_length" in given:  # else the model may have its own
-            text.steps(given["gen_length"], given.get("steps"))
+            text.steps(given["gen_length"], given.get("steps"), block_length=given.get("block_length"))
         if "policy" in given:
             given["policy"] = replace(text, file=text.file and str(Path(text.file).resolve()))
     return given

@@ -191,7 +191,8 @@ class Planner:
                 longest_prompt=1,
                 gen_length=gen_length,
                 block_length=block,
-                steps=text.steps(gen_length) or gen_length,  # one token a step, whatever generation_config.json says
+                # one token a step, whatever generation_config.json says
+                steps=text.steps(gen_length, block_length=block) or gen_length,
                 policy=text.make(self.model),
                 cache=cache,
                 temperature=float(temperature),
