@@ -143,8 +143,6 @@ class Planner:
             options, seeds = self._options(request, gen_length), checks.check_seeds(request.seed, len(prompts))
         except (ValueError, TypeError) as error:
             raise refused(error, _FIELDS, None if request.policy is None else "policy") from None
-        except OSError:
-            raise ApiError(400, "policy: this model has no filter of its own", param="policy") from None
         deadline, stops, live = time.monotonic() + self.settings.timeout, request.stops, bool(request.stream)
         ends = self.model.end_ids
         return [
