@@ -314,8 +314,8 @@ class Engine:
                 raise RuntimeError("this engine is closed")
             if self._busy:
                 raise RuntimeError(
-                    "this engine is busy: finish or close the iterator of generate_many first; a streamer cannot call the "
-                    "engine that calls it"
+                    "this engine is busy: finish or close the iterator of generate_many first; a streamer cannot call "
+                    "the engine that calls it"
                 )
             if self._buffers.device != self.model.device:  # the model was moved
                 self._buffers = Buffers(self.model.device)
