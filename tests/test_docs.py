@@ -131,7 +131,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("ParallelBench/test/copy.jsonl", {"input": {"context": names}, "answer": names})
     config = "waiting_line/copy:\n  metric: list_match_score\n  prompt: 'Copy {context}'\n"
     (place / "ParallelBench" / "test" / "task_config.yaml").write_text(config, encoding="utf-8")
-    shutil.copytree(DEMO_MODEL, place / "DIR")  # a directory with a filter
+    shutil.copytree(DEMO_MODEL, place / "DIR")  # directories with filters
+    shutil.copytree(DEMO_MODEL, place / "DIR2")
     learned = LearnedFilter()
     model = LLaDA.from_pretrained(eight_b, device="cpu")
     learned.ids, learned.cache = model_ids(model), "dual"
