@@ -71,7 +71,7 @@ class BlockCalls:
             self.state.batch, self.state.prompt_length, length, self.state.block_length,
             rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position, rule.ends_wait,
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
-            self.kernels, tuple(p.data_ptr() for p in self.model.parameters()),
+            self.kernels, self.altered, tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
 
     @staticmethod
@@ -106,12 +106,13 @@ class BlockCalls:
 
     def _layer_kernels(self) -> Kernels:
         """What ``DLLM_LAYER_KERNELS`` asks for, as far as this model allows; docs/kernels.md tells what there is."""
-        given = os.environ.get("DLLM_LAYER_KERNELS", str(int(Kernels.BETWEEN)))
-        if given not in (allowed := [str(int(kernels)) for kernels in Kernels]):
+        allowed = {str(int(kernels)): kernels for kernels in Kernels}
+        given = os.environ.get("DLLM_LAYER_KERNELS", "1")
+        if given not in allowed:
             raise ValueError(f"DLLM_LAYER_KERNELS: {given!r} given; {', '.join(allowed)} allowed")
         from dllm_engine.kernels import early, layer
 
-        kernels = Kernels(int(given))
+        kernels = allowed[given]
         if kernels is Kernels.EARLY and (reason := early.unavailable(self.model.device)):
             raise ValueError(f"DLLM_LAYER_KERNELS: {given} cannot be had here: {reason}")
         return kernels if all(self.forward.joined) and self.model.config.d_model <= layer.MAX_SIZE else Kernels.NONE

@@ -192,7 +192,7 @@ class LLaDA(nn.Module):
 
     def altered(self) -> bool:
         """Whether a module has been replaced (by an adapter) or hooked, so that it must be called as it is."""
-        return not all(plain(module) for module in (self.ln_f, *self.blocks.modules()))
+        return not all(plain(module) for module in (self.wte, self.ln_f, *self.blocks.modules()))
 
     def joined_weights(self) -> list[Joined | None]:
         """`Block.joined` of every layer; None for each if the model is `altered`."""

@@ -162,6 +162,20 @@ def test_graphs_that_are_kept_let_their_model_go(fixed: list[int], monkeypatch: 
     assert gone() is None
 
 
+@pytest.mark.parametrize("name", ["wte", "blocks.0", "blocks.1.ff_out", "ln_f"])
+def test_graphs_from_before_a_hook_are_not_replayed(fixed: list[int], model: LLaDA, name: str) -> None:
+    """They would not run it. (On a GPU a model with hooks is not captured at all; here captures are forced.)"""
+    decode(model, PROMPTS, policy="topk", end_of_text="off", **BASE)
+    decode(model, PROMPTS, policy="topk", end_of_text="off", **BASE)
+    captured = Fake.captures
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: None)
+    decode(model, PROMPTS, policy="topk", end_of_text="off", **BASE)
+    assert Fake.captures == 2 * captured > 0
+    handle.remove()
+    decode(model, PROMPTS, policy="topk", end_of_text="off", **BASE)
+    assert Fake.captures == 2 * captured
+
+
 @pytest.mark.parametrize(("block_length", "by_kernel"), [(8, True), (128, True), (160, False)])
 def test_blocks_too_wide_for_the_kernel_of_attention(
     fixed: list[int], monkeypatch: pytest.MonkeyPatch, block_length: int, by_kernel: bool
