@@ -20,6 +20,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: {value} given; at least 1 is needed")
 
 
+def check_counts(**counts: Any) -> None:
+    """`check_count` of each."""
+    for name, value in counts.items():
+        check_count(name, value)
+
+
 def check_options(*, end_of_text: str, temperature: float, cfg_scale: float) -> None:
     """Unknown names and numbers out of range raise ValueError."""
     if end_of_text not in END_OF_TEXT:

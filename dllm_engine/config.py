@@ -92,8 +92,8 @@ class LLaDAConfig:
                 raise ValueError(f"{source}: key {key!r} is missing{hint}")
             return raw[key]
 
-        def count(key: str) -> int:
-            return _whole(need(key), key, source)
+        def count(key: str, instead: int | None = None) -> int:
+            return instead if instead is not None and not raw.get(key) else _whole(need(key), key, source)
 
         def real(key: str) -> float:
             value = need(key)
@@ -102,20 +102,17 @@ class LLaDAConfig:
             return float(value)
 
         d_model, n_heads = count("d_model"), count("n_heads")
-        n_kv_heads = (
-            count("n_kv_heads") if raw.get("n_kv_heads") else 1 if raw.get("multi_query_attention") else n_heads
-        )
         vocab_size = count("vocab_size")
         config = cls(
             d_model=d_model,
             n_layers=count("n_layers"),
             n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
+            n_kv_heads=count("n_kv_heads", 1 if raw.get("multi_query_attention") else n_heads),
             mlp_hidden_size=count("mlp_hidden_size")
             if raw.get("mlp_hidden_size")
             else int(real("mlp_ratio") * d_model),
             vocab_size=vocab_size,
-            embedding_size=count("embedding_size") if raw.get("embedding_size") else vocab_size,
+            embedding_size=count("embedding_size", vocab_size),
             max_sequence_length=count("max_sequence_length"),
             mask_token_id=count("mask_token_id"),
             eos_token_ids=id_list(need("eos_token_id"), "eos_token_id", source),

@@ -56,8 +56,7 @@ class Engine:
             TypeError, ValueError, RuntimeError: a bad argument, or a backend that cannot run here.
             MemoryError: the device has not that many bytes left.
         """
-        checks.check_count("max_batch", max_batch)
-        checks.check_count("max_length", max_length)
+        checks.check_counts(max_batch=max_batch, max_length=max_length)
         loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
         resolve_backend(backend, loaded, 0.0)
         self.cache: Cache | None = Cache.of(default(loaded, "cache") if cache is None else cache)

@@ -60,8 +60,7 @@ def log_likelihood(
     Raises:
         TypeError, ValueError: an empty target, ids or a length that the model has not, or a number out of range.
     """
-    checks.check_count("samples", samples)
-    checks.check_count("batch_size", batch_size)
+    checks.check_counts(samples=samples, batch_size=batch_size)
     checks.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
     limit, ids = model.config.max_sequence_length, model.config.embedding_size
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):

@@ -61,9 +61,9 @@ class Parts(NamedTuple):
 
 def taken_apart(product: Tensor | Parts) -> tuple[Tensor, int, int]:
     """The product, or its first part; the distance of two parts; their number, 0 if it is whole."""
-    return (
-        (product.sums[0], product.sums.stride(0), len(product.sums)) if isinstance(product, Parts) else (product, 0, 0)
-    )
+    if isinstance(product, Parts):
+        return product.sums[0], product.sums.stride(0), len(product.sums)
+    return product, 0, 0
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def decode_dataset(
         Errors of rows (too long, no prompt) and of loading the model are raised where the dataset is executed.
     """
     ray = import_ray()
-    check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
+    checks.check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
     options = checked(options)
     columns = ds.columns() or []
     if not {"prompt", "messages"} & {*columns}:
@@ -165,11 +165,6 @@ def absolute(model: str | Path | None) -> str | None:
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(f"model: no directory {model}, and it is no hub id of the form 'owner/name'")
     return str(model)
-
-
-def check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        checks.check_count(name, value)
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:

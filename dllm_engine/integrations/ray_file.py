@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_engine.integrations.ray import INDEX, absolute, check_counts, checked, decode_dataset, import_ray
+from dllm_engine import checks
+from dllm_engine.integrations.ray import INDEX, absolute, checked, decode_dataset, import_ray
 from dllm_engine.integrations.shards import Shards
 from dllm_engine.options import DEFAULTS
 from dllm_engine.samples import COLUMNS
@@ -69,7 +70,7 @@ def decode_file(
     from tqdm import tqdm
 
     began = time.perf_counter()
-    check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
+    checks.check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
     checked(options)
     model, chat = absolute(model), chat if chat is not None else model is None
     how: dict[str, Any] = {"chat": chat, "device": device, "dtype": dtype, **options}

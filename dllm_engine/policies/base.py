@@ -131,6 +131,12 @@ class RulePolicy(Policy):
         return select(rule, stats, state)
 
 
+def _check_type(name: str, given: object, dtype: torch.dtype | None) -> None:
+    if not isinstance(given, Tensor) or given.dtype != (dtype or given.dtype):
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: {what} returned; {dtype or 'a tensor'} is needed")
+
+
 def asked(policy: Policy, method: str, stats: RowStats, block: BlockState) -> Tensor:
     """What a method of a policy returns for a step, [B', S] or [B']. One of another shape would be spread over the
     batch in silence, one of another type fail where nothing tells of the rule.
@@ -142,9 +148,7 @@ def asked(policy: Policy, method: str, stats: RowStats, block: BlockState) -> Te
     if given is None and method in HOOKS:
         return given  # type: ignore[return-value]
     name = f"{type(policy).__name__}.{method}"
-    if not isinstance(given, Tensor) or given.dtype != (dtype or given.dtype):
-        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name}: {what} returned; {dtype or 'a tensor'} is needed")
+    _check_type(name, given, dtype)
     shape = block.sequences.shape if method in ("block_lengths", "stay") else block.undecided.shape
     if given.shape != shape:
         raise ValueError(f"{name}: shape {list(given.shape)} returned; {list(shape)} is needed")
@@ -168,9 +172,7 @@ def probes_of(policy: Policy, block: BlockState) -> Tensor | None:
     given, name = policy.probes(block), f"{type(policy).__name__}.probes"
     if given is None:
         return None
-    if not isinstance(given, Tensor) or given.dtype != torch.int64:
-        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name}: {what} returned; torch.int64 is needed")
+    _check_type(name, given, torch.int64)
     if given.ndim != 3 or given.shape[:2] != block.undecided.shape:
         raise ValueError(f"{name}: shape {list(given.shape)} returned; {[*block.undecided.shape, 'K']} is needed")
     return given
