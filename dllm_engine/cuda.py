@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_engine.step import Step, listed, matrix
+from dllm_engine.step import Step, empty_fields, row_call
 
 MISSING = ""  # why there is no `_cuda`
 try:
@@ -50,34 +50,13 @@ def row_stats(
     noise_keys: Tensor,
 ) -> tuple[Tensor, ...]:
     """Fields of `RowStats` in order, from one launch on the current stream."""
-    count, device = rows.shape[0], hidden.device
-    token, second_token = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
-    logit, second_logit, logsumexp, log_odds, entropy = (
-        torch.empty(count, dtype=torch.float32, device=device) for _ in range(5)
-    )
-    # an id out of range is met by no block
-    probes = torch.full(probe_ids.shape, -torch.inf, dtype=torch.float32, device=device)
-    if count:
-        outputs = (token, second_token, logit, second_logit, logsumexp, log_odds, entropy, probes)
-        with torch.cuda.device(device):
-            tickets, workspace, stream = _scratch(lm_head.shape[0], count, device)
-            _cuda.row_stats(
-                matrix(hidden),
-                matrix(lm_head),
-                hidden.shape[0],
-                hidden.shape[1],
-                lm_head.shape[0],
-                rows.data_ptr(),
-                count,
-                listed(banned_ids),
-                listed(excluded_ids),
-                (probe_ids.data_ptr(), probe_ids.shape[1]),
-                temperature,
-                noise_keys.data_ptr(),
-                tuple(t.data_ptr() for t in outputs),
-                (tickets.data_ptr(), workspace.data_ptr(), stream),
-            )
-    return token, logit, second_token, second_logit, logsumexp, log_odds, entropy, probes
+    fields = empty_fields(len(rows), probe_ids, hidden.device)  # a probed id out of range is met by no block
+    if len(rows):
+        call = row_call(hidden, lm_head, rows, banned_ids, excluded_ids, probe_ids, temperature, noise_keys, fields)
+        with torch.cuda.device(hidden.device):
+            tickets, workspace, stream = _scratch(lm_head.shape[0], len(rows), hidden.device)
+            _cuda.row_stats(call, hidden.shape[0], (tickets.data_ptr(), workspace.data_ptr(), stream))
+    return fields
 
 
 def decode_step_(step: Step) -> None:

@@ -14,7 +14,7 @@ from dllm_engine.noise import LARGEST
 from dllm_engine.rules import MAX_FILTER, Rule
 from dllm_engine.state import BlockState, DecodeState
 from dllm_engine.stats import RowStats
-from dllm_engine.step import Step
+from dllm_engine.step import Step, empty_fields
 
 MAX_PROBES = 8
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -295,25 +295,9 @@ def _decode_step_(*arguments: Any) -> None:
     backends.BACKENDS[backend].decode_step_(Step(*step))
 
 
-def _fake_row_stats(
-    hidden: Tensor,
-    lm_head: Tensor,
-    rows: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    probe_ids: Tensor,
-    temperature: float,
-    noise_keys: Tensor,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    def ids() -> Tensor:
-        return rows.new_empty(rows.shape, dtype=torch.int64)
-
-    def numbers() -> Tensor:
-        return rows.new_empty(rows.shape, dtype=torch.float32)
-
-    probes = rows.new_empty(probe_ids.shape, dtype=torch.float32)
-    return ids(), numbers(), ids(), numbers(), numbers(), numbers(), numbers(), probes
+def _fake_row_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, rows, _, _, probe_ids, *_ = arguments
+    return empty_fields(rows.shape[0], probe_ids, rows.device)
 
 
 for _key in ("CPU", "CUDA"):

@@ -39,26 +39,44 @@ class Step(NamedTuple):
     position: bool
     all_rows: bool
 
-    def addresses(self) -> tuple[Any, ...]:
-        """What both compiled modules take first, in the order of their bindings."""
+    def addresses(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What both compiled modules take first: ``call`` and ``step`` of csrc/include/dllm/bindings.h."""
         batch, width, dim = self.hidden.shape
-        changed = (self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.quota)
-        return (
-            matrix(self.hidden),
-            matrix(self.lm_head),
-            dim,
-            self.lm_head.shape[0],
-            *(listed(ids) for ids in (self.banned_ids, self.excluded_ids, self.end_ids, self.waiting_ids)),
-            self.temperature,
-            batch,
+        (token, second_token), (logit, *others) = self.stat_ids, self.stat_values
+        call = (
+            matrix(self.hidden), matrix(self.lm_head), dim, len(self.lm_head), (0, batch * width),
+            listed(self.banned_ids), listed(self.excluded_ids), (0, 0), self.temperature, (0, 0),
+            (*pointers(token, logit, second_token, *others), 0),
+        )  # fmt: skip
+        step = (
             width,
-            self.sequences.data_ptr(),
-            tuple(t.data_ptr() for t in changed),
+            listed(self.sequences),
+            pointers(self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.quota),
             (self.tokens.shape[1], self.prompt_length, len(self.quota), self.fill_id),
-            (self.bounds.data_ptr(), self.weights.data_ptr(), self.filter_length, self.cut),
+            (*pointers(self.bounds, self.weights), self.filter_length, self.cut),
             (self.decided_is_one, self.position, self.all_rows),
-            tuple(t.data_ptr() for t in (*self.stat_ids, *self.stat_values)),
+            listed(self.end_ids),
+            listed(self.waiting_ids),
         )
+        return call, step
+
+
+def row_call(
+    hidden: Tensor, lm_head: Tensor, rows: Tensor, banned_ids: Tensor, excluded_ids: Tensor, probe_ids: Tensor,
+    temperature: float, noise_keys: Tensor, fields: tuple[Tensor, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """``call`` of csrc/include/dllm/bindings.h, for `row_stats` into ``fields``."""
+    lists = map(listed, (rows, banned_ids, excluded_ids, probe_ids))
+    matrices = matrix(hidden), matrix(lm_head), hidden.shape[-1], len(lm_head)
+    return *matrices, *lists, temperature, listed(noise_keys), pointers(*fields)
+
+
+def empty_fields(count: int, probe_ids: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Fields of `RowStats` in order, to be filled in; a probed id that there is not keeps −inf."""
+    types = (torch.int64, torch.float32) * 2 + (torch.float32,) * 3
+    # the device is said each time: a caller may have changed torch's defaults
+    probes = torch.full(probe_ids.shape, -torch.inf, dtype=torch.float32, device=device)
+    return *(torch.empty(count, dtype=dtype, device=device) for dtype in types), probes
 
 
 def matrix(x: Tensor) -> tuple[int, int, int]:
@@ -67,5 +85,9 @@ def matrix(x: Tensor) -> tuple[int, int, int]:
 
 
 def listed(ids: Tensor) -> tuple[int, int]:
-    """Address and number of ids."""
-    return ids.data_ptr(), len(ids)
+    """Address and number of ids (in a row, if there are several)."""
+    return ids.data_ptr(), ids.shape[-1]
+
+
+def pointers(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)

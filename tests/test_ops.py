@@ -202,7 +202,7 @@ def test_only_the_published_filter_needs_decided_rows() -> None:
 def test_scratch_is_at_most_a_megabyte() -> None:
     for dim, vocab in ((4096, 126464), (64, 500_000), (8192, 256_000)):
         for rows in (1, 8, 32, 1024):
-            assert native.scratch_bytes(dim, vocab, rows, threads=2) <= 2**20, (dim, vocab, rows)
+            assert native._cpu.scratch_bytes(dim, vocab, rows, 2) <= 2**20, (dim, vocab, rows)
 
 
 def test_auto_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

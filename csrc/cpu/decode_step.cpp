@@ -18,12 +18,19 @@ static_assert(kSegment % kIds == 0, "a segment is whole groups of ids");
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+#ifdef DLLM_AVX2
+bool has_avx512bf16() {
+    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
 // The kernel for a call; isa as in decode_step.h.
 Kernel kernel_for(int isa, Type hidden, Type head) {
 #ifdef DLLM_AVX2
     if (isa == 1 || !cpu_has_avx2()) return kScalar;
     Kernel kernel = kAvx2;
-    if (isa != 2 && hidden == Type::bf16 && head == Type::bf16 && cpu_has_avx512bf16()) {
+    if (isa != 2 && hidden == Type::bf16 && head == Type::bf16 && has_avx512bf16()) {
         kernel.elements = bf16::kElements;
         kernel.bytes = bf16::kElements * 2;
         kernel.lanes = bf16::kLanes;
@@ -40,10 +47,10 @@ Kernel kernel_for(int isa, Type hidden, Type head) {
 #endif
 }
 
-// Where each part of the scratch lies, in bytes. Sized for the kernel that needs most, whichever runs.
+// Where the parts of the scratch behind the packed rows lie, in bytes. Sized for the kernel that needs most, whichever runs.
 struct Layout {
     std::int64_t rows, segments, ids_bytes;
-    std::size_t hidden, states, worker, worker_size, total;
+    std::size_t states, worker, worker_size, total;
     Layout(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
         constexpr std::int64_t most_lanes = 16, most_elements = 32;
         // the packed rows take at most half a megabyte, unless 4 of them are longer
@@ -51,7 +58,6 @@ struct Layout {
         rows = std::max<std::int64_t>(std::min<std::int64_t>({count, kRows, (1 << 19) / bytes}), std::min<std::int64_t>(count, 4));
         segments = (vocab + kSegment - 1) / kSegment;
         ids_bytes = kIds * std::min(bytes, kDepth * 4);
-        hidden = 0;
         states = static_cast<std::size_t>(rows * bytes);
         worker = states + static_cast<std::size_t>(round_up(segments * rows * static_cast<std::int64_t>(sizeof(RowState)), 64));
         worker_size = static_cast<std::size_t>(ids_bytes + kIds * rows * most_lanes * 4 + round_up(kIds * rows * 4, 64));
@@ -145,26 +151,16 @@ bool cpu_has_avx2() {
 #endif
 }
 
-bool cpu_has_avx512bf16() {
-#ifdef DLLM_AVX2
-    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
-
 std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads) {
-    return Layout(dim, vocab, count, threads).total;
+    return Layout(dim, vocab, count, threads).total + 63;  // it is aligned here
 }
 
 bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
     if (isa == 2 && !cpu_has_avx2()) return false;
     const Kernel kernel = kernel_for(isa, a.hidden.type, a.head.type);
     const Layout at(a.dim, a.vocab, a.count, threads);
-    char* base = static_cast<char*>(scratch);
-    char* hidden = base + at.hidden;
-    RowState* states = reinterpret_cast<RowState*>(base + at.states);
+    char* hidden = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(scratch) + 63) / 64 * 64);
+    RowState* states = reinterpret_cast<RowState*>(hidden + at.states);
 
     for (std::int64_t first_row = 0; first_row < a.count; first_row += at.rows) {
         const int rows = static_cast<int>(std::min(at.rows, a.count - first_row));
@@ -179,7 +175,7 @@ bool row_stats_cpu(const RowStatsArgs& a, int threads, int isa, void* scratch) {
         }
         std::atomic<std::int64_t> next{0};
         auto work = [&](int worker) {
-            char* own = base + at.worker + static_cast<std::size_t>(worker) * at.worker_size;
+            char* own = hidden + at.worker + static_cast<std::size_t>(worker) * at.worker_size;
             for (std::int64_t s; (s = next.fetch_add(1)) < at.segments;)
                 score_segment(a, kernel, at, first_row, rows, s, hidden, states + s * at.rows, own);
         };

@@ -108,10 +108,8 @@ struct Impl {
 
     static void add_up(const float* sums, int rows, float* logits) {
         for (int id = 0; id < kIds; ++id)
-            for (int r = 0; r < rows; ++r) {
-                const float* s = sums + (static_cast<std::int64_t>(id) * rows + r) * kLanes;
-                logits[r * kIds + id] = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-            }
+            for (int r = 0; r < rows; ++r)
+                logits[r * kIds + id] = V::load(sums + (static_cast<std::int64_t>(id) * rows + r) * kLanes).total();
     }
 
     static void absorb(RowState& row, const float* logits, int count, std::int32_t first_id,

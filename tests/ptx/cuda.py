@@ -79,31 +79,28 @@ class Module:
         _, tiles, _, tickets, states = self.division(vocab, count)
         return 1 + tiles * tickets, states * count * STATE_BYTES + count * 4
 
-    def row_stats(
-        self, hidden: Any, head: Any, hidden_rows: int, dim: int, vocab: int, rows: int, count: int, banned: Any,
-        excluded: Any, probe_ids: Any, temperature: float, noise_keys: int, out: Any, scratch: Any,
-    ) -> None:  # fmt: skip
-        stats = Stats(
-            Matrix(*hidden), Matrix(*head), dim, vocab, rows, count, banned[0], excluded[0], banned[1], excluded[1],
-            *probe_ids, temperature, noise_keys, *out, 0,
-        )  # fmt: skip
-        self.launch(stats, hidden_rows, Step(), scratch)
+    def row_stats(self, call: Any, hidden_rows: int, scratch: Any) -> None:
+        self.launch(self.stats(*call), hidden_rows, Step(), scratch)
 
-    def decode_step(
-        self, hidden: Any, head: Any, dim: int, vocab: int, banned: Any, excluded: Any, end_ids: Any, waiting_ids: Any,
-        temperature: float, batch: int, width: int, sequences: int, state: Any, sizes: Any, rule: Any, flags: Any,
-        out: Any, scratch: Any,
-    ) -> None:  # fmt: skip
-        stats = Stats(
-            Matrix(*hidden), Matrix(*head), dim, vocab, 0, batch * width, banned[0], excluded[0], banned[1],
-            excluded[1], 0, 0, temperature, 0, *out, 0, 0,
-        )  # fmt: skip
-        token, _, logit, second_logit, _, log_odds, entropy = out
-        step = Step(
+    def decode_step(self, call: Any, step: Any, scratch: Any) -> None:
+        width, (sequences, batch), state, sizes, rule, flags, end_ids, waiting_ids = step
+        token, logit, _, second_logit, _, log_odds, entropy, _ = call[-1]
+        given = Step(
             batch, width, sequences, *sizes, *state, *rule, *flags, *end_ids, *waiting_ids, token, logit, second_logit,
             log_odds, entropy,
         )  # fmt: skip
-        self.launch(stats, batch * width, step, scratch)
+        self.launch(self.stats(*call), batch * width, given, scratch)
+
+    @staticmethod
+    def stats(
+        hidden: Any, head: Any, dim: int, vocab: int, rows: Any, banned: Any, excluded: Any, probe_ids: Any,
+        temperature: float, noise_keys: Any, results: Any,
+    ) -> Any:  # fmt: skip
+        token, logit, second_token, *others = results
+        return Stats(
+            Matrix(*hidden), Matrix(*head), dim, vocab, *rows, banned[0], excluded[0], banned[1], excluded[1],
+            *probe_ids, temperature, noise_keys[0], token, second_token, logit, *others, 0,
+        )  # fmt: skip
 
     def launch(self, stats: Any, hidden_rows: int, step: Any, scratch: Sequence[int]) -> None:
         rows, tiles, segments, tickets, states = self.division(stats.vocab, stats.count)

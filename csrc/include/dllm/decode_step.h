@@ -55,15 +55,15 @@ struct StepArgs {
     const float *logit, *second_logit, *log_odds, *entropy;
 };
 
-// Scratch that row_stats_cpu needs, in bytes; the caller allocates it, 64-byte aligned.
+// Scratch that row_stats_cpu needs, in bytes; the caller allocates it, aligned or not.
 std::size_t row_stats_cpu_scratch(std::int64_t dim, std::int64_t vocab, std::int64_t count, int threads);
 
 // isa: 0 the best that this CPU has (AVX512-BF16 for bfloat16 by bfloat16), 1 scalar, 2 AVX2. Returns false if the CPU lacks it.
 bool row_stats_cpu(const RowStatsArgs& args, int threads, int isa, void* scratch);
-// Scores the undecided rows (results of the others are left alone), decides, commits. `stats` needs no rows or keys.
+// Scores the undecided rows (with all_rows the others too, whose results are else left alone), decides, commits. Rows,
+// their number and noise keys in `stats` are not read.
 bool decode_step_cpu(RowStatsArgs stats, const StepArgs& step, int threads, int isa, void* scratch);
 bool cpu_has_avx2();
-bool cpu_has_avx512bf16();
 
 // What the GPU backend needs for a call: `tickets` words that are 0 (each launch leaves them 0), and scratch.
 struct CudaWorkspace {
