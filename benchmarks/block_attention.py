@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dllm_engine.attention import block_attention_available
+from dllm_engine.kernel_limits import block_attention_unavailable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_BYTES, MAX_LAYERS = 512 * 2**20, 32  # several times the L2 of an H200
@@ -96,7 +96,7 @@ def main() -> None:
     device, dtype, console = torch.device("cuda"), DTYPES[args.dtype], Console(width=130)
     if not torch.cuda.is_available():
         parser.exit(2, "this benchmark needs a GPU: torch.cuda.is_available() is False\n")
-    if reason := block_attention_available(device, dtype, args.head_dim):
+    if reason := block_attention_unavailable(device, dtype, args.head_dim):
         parser.exit(2, f"the kernel cannot run here: {reason}\n")
     bandwidth = read_bandwidth(device)
     console.print(f"roof: {bandwidth / 1e9:,.0f} GB/s")

@@ -19,7 +19,7 @@ from common import failure, synchronize
 from decode_step import Problem, check, random_head
 
 from dllm_engine import backends
-from dllm_engine.attention import block_attention_available
+from dllm_engine.kernel_limits import block_attention_unavailable
 
 ROWS, COLUMNS = (32, 1024), 2048
 
@@ -35,7 +35,7 @@ def calls(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
                 print(f"{name}, {rows} rows: left out: {reason}")
             else:
                 yield f"{name}, {rows} rows x {args.shape}", problem.fused(name)
-    if not block_attention_available(device, dtype, 128):
+    if not block_attention_unavailable(device, dtype, 128):
         shape = argparse.Namespace(heads=32, key_heads=None, head_dim=128, rows=32)
         attention = block_attention.Problem(1, COLUMNS, shape, dtype)
         run = attention.contenders([])["kernel"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_engine import cuda, native, reference
+from dllm_engine import cuda, kernel_limits, native, reference
 from dllm_engine.rules import Rule
 from dllm_engine.state import DecodeState
 from dllm_engine.step import Step
@@ -43,29 +42,6 @@ class Backend:
         return self.fits(hidden, lm_head)
 
 
-def _eager(
-    hidden: Tensor,
-    lm_head: Tensor,
-    rows: Tensor,
-    banned_ids: Tensor,
-    excluded_ids: Tensor,
-    probe_ids: Tensor,
-    temperature: float,
-    noise_keys: Tensor,
-) -> Fields:
-    stats = reference.row_stats(
-        hidden,
-        lm_head,
-        rows,
-        banned_ids=banned_ids,
-        excluded_ids=excluded_ids,
-        probe_ids=probe_ids,
-        temperature=temperature,
-        noise_keys=noise_keys,
-    )
-    return stats.fields()
-
-
 def _eager_step_(step: Step) -> None:
     state = DecodeState.of(
         step.tokens, step.undecided, step.predicted, step.progress, step.seeds, step.quota,
@@ -94,33 +70,22 @@ def _kernels() -> Any:
     return decode_step
 
 
-def _triton_missing() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install dllm-engine[triton]`"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return "no CUDA device; TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly"
-    return ""
-
-
 def _no_device() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
-
-
-def _triton_devices() -> tuple[str, ...]:
-    return ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
 
 
 # In order of preference. Filled at import, not by a cached probe: torch.compile would trace into that.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(native.MISSING, ("cpu",), native.row_stats, native.decode_step_),
     "triton": Backend(
-        _triton_missing(),
-        _triton_devices(),
+        kernel_limits.unavailable(),
+        kernel_limits.devices(),
         lambda *arguments: _kernels().row_stats(*arguments),
         lambda step: _kernels().decode_step_(step),
     ),
-    "cuda": Backend(cuda.MISSING or _no_device(), ("cuda",), cuda.row_stats, cuda.decode_step_, cuda.supports),
-    "eager": Backend("", (), _eager, _eager_step_),  # plain torch on any device: the definition, see `reference`
+    "cuda": Backend(cuda.MISSING or _no_device(), ("cuda",), cuda.row_stats, cuda.decode_step_, cuda.refuses),
+    # plain torch on any device: the definition
+    "eager": Backend("", (), lambda *arguments: reference.row_stats(*arguments).fields(), _eager_step_),
 }
 
 

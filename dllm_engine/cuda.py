@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllm_engine.kernel_limits import too_old
 from dllm_engine.step import Step, empty_fields, row_call
 
 MISSING = ""  # why there is no `_cuda`
@@ -20,13 +21,12 @@ TYPES = torch.bfloat16, torch.float16
 _tickets: dict[tuple[int, int, int], Tensor] = {}
 
 
-def supports(hidden: Tensor, lm_head: Tensor) -> str:
+def refuses(hidden: Tensor, lm_head: Tensor) -> str:
     """Why the kernel cannot take these matrices (hidden [..., N, D], lm_head [V, D]), "" if it can."""
     if not (hidden.is_cuda and lm_head.is_cuda):
         return f"it runs on cuda tensors, these are on {hidden.device} and {lm_head.device}"
-    capability = torch.cuda.get_device_capability(hidden.device)
-    if capability < (8, 0):
-        return f"compute capability 8.0 is needed, this device has {capability[0]}.{capability[1]}"
+    if reason := too_old(hidden.device, 8):
+        return reason
     if hidden.dtype != lm_head.dtype or hidden.dtype not in TYPES:
         return f"hidden and lm_head must both be bfloat16 or both float16, not {hidden.dtype} and {lm_head.dtype}"
     if hidden.shape[-1] % 8:

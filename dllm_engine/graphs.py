@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dllm_engine import ops
-from dllm_engine.attention import MAX_WIDTH, block_attention_available
 from dllm_engine.buffers import Buffers
 from dllm_engine.forward import Forward, additive
+from dllm_engine.kernel_limits import MAX_WIDTH, block_attention_unavailable
 from dllm_engine.kv_cache import LayerCache
 from dllm_engine.layers import Joined, Kernels
 from dllm_engine.options import Options
@@ -61,8 +61,8 @@ class BlockCalls:
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
-        reason = block_attention_available(device, self.model.dtype, self.model.config.head_dim)
-        self.by_kernel = reason is None and self.state.block_length <= MAX_WIDTH
+        reason = block_attention_unavailable(device, self.model.dtype, self.model.config.head_dim)
+        self.by_kernel = not reason and self.state.block_length <= MAX_WIDTH
         self.kernels = self._layer_kernels() if self.by_kernel else Kernels.NONE
         self.altered = self.model.altered()
         self.joined: list[int] = []

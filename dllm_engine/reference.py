@@ -29,7 +29,6 @@ def row_stats(
     hidden: Tensor,
     lm_head: Tensor,
     rows: Tensor,
-    *,
     banned_ids: Sequence[int] | Tensor = (),
     excluded_ids: Sequence[int] | Tensor = (),
     probe_ids: Tensor | None = None,

@@ -19,18 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.attention import MAX_WIDTH
-from dllm_engine.kernels import early as dependent
-from dllm_engine.kernels.decode_step import interpreted
-from dllm_engine.kernels.early import begin
+from dllm_engine.kernel_limits import DTYPES, HEAD_DIMS, MAX_WIDTH, check_device, interpreted
+from dllm_engine.kernels.early import begin, launch_early
 
 NEG_INF = tl.constexpr(float("-inf"))
 SEGMENT = tl.constexpr(128)  # keys of the shortest segments
 OCTAVE = tl.constexpr(4)  # segments until their length doubles, a power of two
 MOST = tl.constexpr(64)  # segments: 2^24 keys
 MERGE_ROWS = 4
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_DIM, MAX_DIM = 16, 256
 FULL = 132  # programs that keep a large device busy; a constant, as the choice it makes is one of speed alone
 
 
@@ -214,12 +210,6 @@ def default_splits(batch: int, key_heads: int, tiles: int, length: int) -> int:
     return 1 if programs >= FULL else max(1, min(segments(length), math.ceil(2 * FULL / programs)))
 
 
-def workspace_size(q: Tensor, keys: Tensor) -> int:
-    """Elements of the float32 workspace that `block_attention` needs at most for these shapes."""
-    batch, heads, width, dim = q.shape
-    return batch * heads * width * segments(keys.shape[2]) * (dim + 2)
-
-
 def block_attention(
     q: Tensor,
     keys: Tensor,
@@ -228,8 +218,6 @@ def block_attention(
     end: Tensor,
     *,
     splits: int | None = None,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
     early: bool = False,
 ) -> Tensor:
     """softmax(q · keysᵀ / √Dh) · values over the keys of each sequence; every query sees all of them.
@@ -238,26 +226,23 @@ def block_attention(
 
     Args:
         q: [B, H, S, Dh], bfloat16, float16 or float32. S is 1 to 128, Dh a power of two from 16 to 256; any strides,
-            but the last is 1 (in all of ``q``, ``keys``, ``values`` and ``out``).
+            but the last is 1 (in all of ``q``, ``keys`` and ``values``).
         keys, values: [B, H_kv, L, Dh] in q's dtype, H a multiple of H_kv: query head h reads head h · H_kv // H.
         first, end: int32 or int64 [B] on q's device: sequence b sees columns first[b] to end[b] − 1, as far as there
             are such; what the others hold is never read.
         splits: programs that share the keys of a head; changes the speed, not the result. See `default_splits`.
-        out: where the result goes, [B, H, S, Dh] in q's dtype; allocated if None.
-        workspace: float32, contiguous, of at least `workspace_size` elements; allocated if None and needed.
         early: see `dllm_engine.kernels.early`.
 
     Returns:
-        ``out``; one that was allocated here is a view of a contiguous [B, S, H, Dh]. 0 for a sequence without keys.
+        [B, H, S, Dh], a view of a contiguous [B, S, H, Dh]. 0 for a sequence without keys.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
-    _check(q, keys, values, first, end, splits, out, workspace)
+    _check(q, keys, values, first, end, splits)
     batch, heads, width, dim = q.shape
     key_heads, length = keys.shape[1:3]
-    if out is None:
-        out = torch.empty(batch, width, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = torch.empty(batch, width, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     if batch == 0:
         return out
     group = heads // key_heads
@@ -266,11 +251,9 @@ def block_attention(
     tiles = triton.cdiv(rows, config.rows)
     splits = splits or default_splits(batch, key_heads, tiles, length)
     direct, count = splits == 1, segments(length)
-    if direct:
-        parts = q  # not used
-    else:
-        size = workspace_size(q, keys)
-        parts = torch.empty(size, dtype=torch.float32, device=q.device) if workspace is None else workspace
+    parts = q  # not used, or a part of every segment
+    if not direct:
+        parts = torch.empty(batch * heads * width * count * (dim + 2), dtype=torch.float32, device=q.device)
     shape = (rows, width, group, key_heads, length, count)
     _attend[(batch * key_heads * tiles, splits)](
         q, keys, values, first, end, out, parts, math.log2(math.e) / math.sqrt(dim), *shape,
@@ -279,7 +262,7 @@ def block_attention(
         UPCAST=interpreted() and q.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         EARLY=early, ROWS=config.rows, KEYS=config.keys, DIM=dim, num_warps=config.warps, num_stages=config.stages,
         enable_fp_fusion=True,  # Triton's default changes
-        **dependent.options(early),
+        **launch_early(early),
     )  # fmt: skip
     if not direct:
         _merge[(batch * key_heads * triton.cdiv(rows, MERGE_ROWS),)](
@@ -294,15 +277,12 @@ def block_attention(
             DIM=dim,
             num_warps=4,
             enable_fp_fusion=True,
-            **dependent.options(early),
+            **launch_early(early),
         )
     return out
 
 
-def _check(
-    q: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, splits: int | None, out: Tensor | None,
-    workspace: Tensor | None,
-) -> None:  # fmt: skip
+def _check(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, end: Tensor, splits: int | None) -> None:
     if q.ndim != 4 or keys.ndim != 4 or keys.shape != values.shape:
         shapes = f"{[*q.shape]}, {[*keys.shape]} and {[*values.shape]}"
         raise ValueError(f"q, keys, values: [B, H, S, Dh] and twice [B, H_kv, L, Dh] expected, {shapes} given")
@@ -315,8 +295,8 @@ def _check(
         raise ValueError(f"keys: L is {keys.shape[2]}; at most 2^24 allowed")
     if not 1 <= width <= MAX_WIDTH:
         raise ValueError(f"q: S is {width}; 1 to {MAX_WIDTH} allowed")
-    if not MIN_DIM <= dim <= MAX_DIM or dim & (dim - 1):
-        raise ValueError(f"q: Dh is {dim}; powers of two from {MIN_DIM} to {MAX_DIM} allowed")
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"q: Dh is {dim}; powers of two from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} allowed")
     if q.dtype not in DTYPES or keys.dtype != q.dtype or values.dtype != q.dtype:
         given = f"{q.dtype}, {keys.dtype} and {values.dtype}"
         raise ValueError(f"q, keys, values: one of bfloat16, float16 and float32 for all, {given} given")
@@ -325,19 +305,10 @@ def _check(
             raise ValueError(f"{name}: contiguous int32 or int64 [{batch}] expected, {bound.dtype} {[*bound.shape]}")
     if splits is not None and splits < 1:
         raise ValueError(f"splits: {splits} given, at least 1 expected")
-    if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
-        raise ValueError(f"out: {q.dtype} {[*q.shape]} expected, {out.dtype} {[*out.shape]} given")
-    if workspace is not None:
-        if workspace.dtype != torch.float32 or not workspace.is_contiguous():
-            raise ValueError("workspace: contiguous float32 expected")
-        if workspace.numel() < (needed := workspace_size(q, keys)):
-            raise ValueError(f"workspace: {needed} elements needed, {workspace.numel()} given")
-    tensors = {"keys": keys, "values": values, "first": first, "end": end, "out": out, "workspace": workspace}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != q.device:
+    for name, tensor in (("keys", keys), ("values", values), ("first", first), ("end", end)):
+        if tensor.device != q.device:
             raise ValueError(f"{name}: on {tensor.device}, q is on {q.device}")
-    for name, tensor in (("q", q), ("keys", keys), ("values", values), ("out", out)):
-        if tensor is not None and tensor.stride(3) != 1:
+    for name, tensor in (("q", q), ("keys", keys), ("values", values)):
+        if tensor.stride(3) != 1:
             raise ValueError(f"{name}: the last stride must be 1, it is {tensor.stride(3)}")
-    if q.device.type != "cuda" and not interpreted():
-        raise ValueError(f"q: on {q.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets on the CPU, slowly")
+    check_device("q", q)

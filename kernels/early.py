@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_engine.kernel_limits import too_old
+
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -28,8 +30,7 @@ def unavailable(device: torch.device) -> str:
         return MISSING
     if device.type != "cuda":
         return f"a CUDA device is needed, this is {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 9 else f"compute capability 9.0 is needed, this device has {major}.{minor}"
+    return too_old(device, 9)
 
 
 @triton.jit
@@ -40,6 +41,6 @@ def begin(EARLY: tl.constexpr):
         gdc_wait()
 
 
-def options(early: bool) -> dict[str, Any]:
-    """Of a launch."""
+def launch_early(early: bool) -> dict[str, Any]:
+    """Options of a launch."""
     return {"launch_pdl": True} if early else {}

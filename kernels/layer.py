@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.kernels import early as dependent
-from dllm_engine.kernels.block_attention import DTYPES, MAX_DIM, MIN_DIM
-from dllm_engine.kernels.decode_step import interpreted
-from dllm_engine.kernels.early import begin
+from dllm_engine.kernel_limits import DTYPES, HEAD_DIMS, check_device
+from dllm_engine.kernels.early import begin, launch_early
 from dllm_engine.kernels.products import Parts, load_product, taken_apart
 
 MAX_SIZE = 2**14  # of a row that is normed: one program holds it in its registers
@@ -146,7 +144,7 @@ def add_norm(
         _add_norm[(len(rows),)](
             rows, added, weight, total, out, size, rows.stride(0), added.stride(0), apart, eps,
             ADD=add, PARTS=parts, EARLY=early, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-            **dependent.options(early),
+            **launch_early(early),
         )  # fmt: skip
     return total, out
 
@@ -175,8 +173,8 @@ def rope_write(
     _same("qkv", qkv, keys=keys, values=values)
     _, key_heads, _, dim = keys.shape
     batch, width, wide = qkv.shape
-    if not MIN_DIM <= dim <= MAX_DIM or dim & (dim - 1):
-        raise ValueError(f"keys: Dh is {dim}; powers of two from {MIN_DIM} to {MAX_DIM} allowed")
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"keys: Dh is {dim}; powers of two from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} allowed")
     if wide != (heads + 2 * key_heads) * dim:
         raise ValueError(f"qkv: rows of ({heads} + 2 · {key_heads}) · {dim} expected, of {wide} given")
     if values.shape != keys.shape or values.stride() != keys.stride() or keys.stride(3) != 1 or len(keys) < batch:
@@ -203,7 +201,7 @@ def rope_write(
             qkv, cos, sin, keys, values, columns, out, width, heads, key_heads,
             *qkv.stride()[:2], apart, cos.stride(0), cos.stride(2), *keys.stride()[:3],
             PARTS=parts, EARLY=early, HEADS=tile, HALF=dim // 2, num_warps=2, enable_fp_fusion=False,
-            **dependent.options(early),
+            **launch_early(early),
         )  # fmt: skip
     return out
 
@@ -230,7 +228,7 @@ def silu_mul(gate_up: Tensor | Parts, *, early: bool = False) -> Tensor:
     if out.numel():
         _silu_mul[(len(rows), triton.cdiv(size, BLOCK))](
             rows, out, size, rows.stride(0), apart, PARTS=parts, EARLY=early, BLOCK=BLOCK,
-            num_warps=4, enable_fp_fusion=False, **dependent.options(early),
+            num_warps=4, enable_fp_fusion=False, **launch_early(early),
         )  # fmt: skip
     return out
 
@@ -252,5 +250,4 @@ def _same(name: str, x: Tensor | Parts, **others: Tensor | Parts | None) -> None
     for other, tensor in others.items():
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(f"{other}: {x.dtype} on {x.device} expected, {tensor.dtype} on {tensor.device} given")
-    if x.device.type != "cuda" and not interpreted():
-        raise ValueError(f"{name}: on {x.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets, slowly")
+    check_device(name, x)

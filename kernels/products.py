@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.kernels import early as dependent
-from dllm_engine.kernels.decode_step import interpreted
-from dllm_engine.kernels.early import gdc_launch_dependents, gdc_wait
+from dllm_engine.kernel_limits import check_device, interpreted
+from dllm_engine.kernels.early import gdc_launch_dependents, gdc_wait, launch_early
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_ROWS = 64  # with more, products are multiplied, not read: that is cuBLAS's
@@ -152,8 +151,7 @@ def linear(
     if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.device != x.device:
         given = f"{x.dtype} on {x.device} and {weight.dtype} on {weight.device}"
         raise ValueError(f"x, weight: both bfloat16 or both float16 on one device expected, {given} given")
-    if x.device.type != "cuda" and not interpreted():
-        raise ValueError(f"x: on {x.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets, slowly")
+    check_device("x", x)
     if weight.ndim != 2 or not weight.is_contiguous() or x.shape[-1:] != weight.shape[1:] or not weight.numel():
         raise ValueError(
             f"x, weight: [..., D] and contiguous [F, D] expected, {[*x.shape]} and {[*weight.shape]} given"
@@ -180,6 +178,6 @@ def linear(
         WHOLE=depth % config.depth == 0, AHEAD=config.stages - 1 if early else 0,
         UPCAST=interpreted() and x.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
-        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **dependent.options(early),
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_early(early),
     )  # fmt: skip
     return out[0] if count == 1 else Parts(out, x.dtype)

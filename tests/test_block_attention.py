@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cases import DTYPES, INTERPRETED, SLOWLY
 from torch import Tensor
 
-from dllm_engine.attention import block_attention_available
+from dllm_engine.kernel_limits import block_attention_unavailable
 
 pytest.importorskip("triton")
 from dllm_engine.kernels import block_attention as module
@@ -56,8 +56,8 @@ class Case:
         self.bounds = first, end
         self.first, self.end = torch.tensor(first, device=device), torch.tensor(end, device=device)
 
-    def run(self, splits: int | None = None, **options: Any) -> Tensor:
-        return block_attention(self.q, self.keys, self.values, self.first, self.end, splits=splits, **options)
+    def run(self, splits: int | None = None) -> Tensor:
+        return block_attention(self.q, self.keys, self.values, self.first, self.end, splits=splits)
 
     def each(self) -> list[tuple[int, Tensor, Tensor, Tensor]]:
         """(b, q [H, S, Dh], its keys and values [H_kv, K, Dh])"""
@@ -178,30 +178,23 @@ def test_each_bound_counts(device: str) -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("splits", [1, 3])
-def test_memory_that_is_given(device: str, splits: int) -> None:
-    """A strided output and a workspace too large, used twice: nothing beside the result is touched."""
-    case = Case(4, 2, 5, 32, 200, [0, 50], [200, 180], torch.float32, device)
-    expected = case.run(splits)
-    around = torch.full((2, 4, 7, 64), 5.0, device=device)
-    out = around[:, :, 1:6, :32]
-    workspace = torch.full((module.workspace_size(case.q, case.keys) + 10,), math.nan, device=device)
-    for _ in range(2):
-        assert case.run(splits, out=out, workspace=workspace) is out
-        assert torch.equal(out, expected)
-    out.fill_(5.0)
-    assert (around == 5).all()
-    assert workspace[-10:].isnan().all()
+@pytest.mark.parametrize(("splits", "length"), [(1, 200), (3, 200), (2, 128), (2, 129), (2, 1025), (2, 2100)])
+def test_what_is_written(monkeypatch: pytest.MonkeyPatch, device: str, splits: int, length: int) -> None:
+    """All of the result and of the workspace, which has as many segments as `segments` says, and nothing beside."""
+    case, memory = Case(2, 1, 3, 16, length, [0], [length], torch.float32, device), []
 
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        memory.append(torch.full((math.prod(shape) + 128,), math.nan, dtype=dtype, device=device))
+        return memory[-1][64:-64].view(shape)
 
-@on_devices
-@pytest.mark.parametrize("length", [128, 129, 1025, 2100])
-def test_the_workspace_is_filled(device: str, length: int) -> None:
-    """The kernels cut the keys into as many segments as `segments` says."""
-    case = Case(1, 1, 1, 16, length, [0], [length], torch.float32, device)
-    workspace = torch.full((module.workspace_size(case.q, case.keys) + 1,), math.nan, device=device)
-    case.run(2, workspace=workspace)
-    assert workspace.isnan().nonzero().tolist() == [[len(workspace) - 1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        case.run(splits)
+    assert len(memory) == (1 if splits == 1 else 2)
+    for numbers in memory:
+        assert numbers[:64].isnan().all()
+        assert numbers[-64:].isnan().all()
+        assert not numbers[64:-64].isnan().any()
 
 
 @on_devices
@@ -219,10 +212,10 @@ def test_any_strides(device: str, splits: int) -> None:
 @pytest.mark.gpu
 def test_one_graph_for_all_lengths() -> None:
     case = Case(8, 2, 32, 64, 900, [0, 0, 0], [900, 900, 900], torch.bfloat16, "cuda")
-    out = case.run(8)  # compiles
+    case.run(8)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case.run(8, out=out)
+        out = case.run(8)
     for first, end in (([0, 0, 0], [900, 128, 1]), ([5, 300, 7], [6, 900, 7]), ([100, 0, 0], [612, 513, 900])):
         case.first.copy_(torch.tensor(first))
         case.end.copy_(torch.tensor(end))
@@ -281,9 +274,6 @@ WRONG: dict[str, tuple[str, Any]] = {
     "first": ("first: contiguous", {"first": torch.zeros(3, dtype=torch.int64)}),
     "end": ("end: contiguous", {"end": torch.zeros(2)}),
     "splits": ("splits: 0 given", {"splits": 0}),
-    "out": ("out: torch.float32", {"out": torch.zeros(2, 5, 4, 32)}),
-    "workspace": ("workspace: 1360 elements needed, 8 given", {"workspace": torch.zeros(8)}),
-    "workspace type": ("workspace: contiguous float32", {"workspace": torch.zeros(9999, dtype=torch.float64)}),
     "device": ("end: on meta", {"end": torch.zeros(2, dtype=torch.int64, device="meta")}),
     "stride": ("q: the last stride must be 1", {"q": torch.zeros(2, 4, 32, 5).transpose(2, 3)}),
 }  # fmt: skip
@@ -307,27 +297,27 @@ def test_on_a_cpu() -> None:
         block_attention(zeros, zeros, zeros, bounds, bounds)
 
 
-def test_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "cuda tensors" in (block_attention_available(cpu, torch.bfloat16, 128) or "")
-    assert "float64" in (block_attention_available(cuda, torch.float64, 128) or "")
-    assert "not of 80" in (block_attention_available(cuda, torch.float16, 80) or "")
+    assert "cuda tensors" in block_attention_unavailable(cpu, torch.bfloat16, 128)
+    assert "float64" in block_attention_unavailable(cuda, torch.float64, 128)
+    assert "not of 80" in block_attention_unavailable(cuda, torch.float16, 80)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert block_attention_available(cuda, torch.float16, 64) == "no CUDA device"
+    assert block_attention_unavailable(cuda, torch.float16, 64).startswith("no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "has 7.5" in (block_attention_available(cuda, torch.float16, 64) or "")
+    assert "has 7.5" in block_attention_unavailable(cuda, torch.float16, 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for dim in (8, 16, 256, 512):
-        reason = block_attention_available(cuda, torch.float16, dim)
-        assert (reason is None) == (dim in (16, 256)), reason
+        reason = block_attention_unavailable(cuda, torch.float16, dim)
+        assert bool(reason) == (dim in (8, 512)), reason
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.1.0+git")
-    assert "this is 3.1.0" in (block_attention_available(cuda, torch.float16, 64) or "")
+    assert "this is 3.1.0" in block_attention_unavailable(cuda, torch.float16, 64)
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    assert block_attention_available(cuda, torch.float16, 64) is None
+    assert not block_attention_unavailable(cuda, torch.float16, 64)
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert block_attention_available(cpu, torch.bfloat16, 128) is None
+    assert not block_attention_unavailable(cpu, torch.bfloat16, 128)

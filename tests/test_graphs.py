@@ -187,7 +187,7 @@ def test_blocks_too_wide_for_the_kernel_of_attention(
         self.by_kernel, self.kernels = False, Kernels.NONE  # which are not here
         call(self, count)
 
-    monkeypatch.setattr(graphs, "block_attention_available", lambda *_: None)
+    monkeypatch.setattr(graphs, "block_attention_unavailable", lambda *_: "")
     monkeypatch.setattr(BlockCalls, "_layer_kernels", lambda self: Kernels.NONE)
     monkeypatch.setattr(BlockCalls, "_call", noted)
     model = ending_model(max_sequence_length=400)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from cases import DTYPES, INTERPRETED, SLOWLY
 from torch import Tensor
 
+from dllm_engine import kernel_limits
 from dllm_engine.layers import RMSNorm, apply_rope
 
 pytest.importorskip("triton")
 import triton.language as tl
 
-from dllm_engine.kernels import layer
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 
 DEVICES = ["cpu"] if SLOWLY else [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -301,7 +301,7 @@ ROPE_WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "interpreted", lambda: True)
+    monkeypatch.setattr(kernel_limits, "devices", lambda: ("cpu",))
 
 
 @pytest.mark.parametrize("name", NORM_WRONG)

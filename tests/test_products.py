@@ -16,7 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dllm_engine.kernels import early, layer, products
+from dllm_engine import kernel_limits
+from dllm_engine.kernels import early, products
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
 from dllm_engine.kernels.products import Config, Parts, config_for, linear, shares
 
@@ -158,20 +159,20 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(products, "interpreted", lambda: True)
+    monkeypatch.setattr(kernel_limits, "devices", lambda: ("cpu",))
     message, change = WRONG[name]
     with pytest.raises(ValueError, match=message):
         linear(**({"x": X, "weight": W} | change))
 
 
 def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "interpreted", lambda: False)
+    monkeypatch.setattr(kernel_limits, "devices", lambda: ("cuda",))
     with pytest.raises(ValueError, match="x: on cpu; CUDA tensors, or TRITON_INTERPRET=1"):
         linear(X, W)
 
 
 def test_wrong_arguments_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "interpreted", lambda: True)
+    monkeypatch.setattr(kernel_limits, "devices", lambda: ("cpu",))
     with pytest.raises(ValueError, match=r"delta: \[6, 16\] expected, \[6, 8\] given"):
         add_norm(torch.zeros(6, 16), Parts(torch.zeros(2, 6, 8), torch.float32), torch.ones(16), EPS)
 

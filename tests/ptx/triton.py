@@ -115,19 +115,13 @@ def install(device: Device, put: Callable[[Any, str, Any], None]) -> None:
     """Triton's kernels run on CPU tensors by ``device``; ``put`` is `setattr`, or one that is undone after a test."""
     from triton.runtime.jit import JITFunction
 
-    from dllm_engine import graphs
+    from dllm_engine import graphs, kernel_limits
     from dllm_engine.backends import BACKENDS, Backend
-    from dllm_engine.kernels import block_attention, decode_step, early, layer, products
+    from dllm_engine.kernels import decode_step, early
 
-    def run(kernel: Any, *values: Any, **options: Any) -> None:
-        if kernel in (block_attention._attend, products._multiply):
-            options["UPCAST"] = False  # that is for the interpreter
-        device.run(kernel, *values, **options)
-
-    put(JITFunction, "run", run)
+    put(JITFunction, "run", lambda kernel, *values, **options: device.run(kernel, *values, **options))
     put(torch.cuda, "get_device_capability", lambda *_: divmod(device.arch, 10))
-    for module in (layer, block_attention, products):
-        put(module, "interpreted", lambda: True)  # they take CPU tensors
+    put(kernel_limits, "devices", lambda: ("cpu",))
     put(early, "unavailable", lambda _: early.MISSING if device.arch >= 90 else "compute capability 9.0 is needed")
-    put(graphs, "block_attention_available", lambda *_: None)
+    put(graphs, "block_attention_unavailable", lambda *_: "")
     BACKENDS["triton"] = Backend("", ("cpu",), decode_step.row_stats, decode_step.decode_step_)
