@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_engine.kernel_limits import interpreted
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
@@ -22,8 +23,8 @@ from dllm_engine.step import Step
 # other numbers of rows) change a result by rounding within a part at most. Small parts also bound the registers: the
 # products of a tile stay in theirs.
 SEGMENT, PART = 512, 64
-FLOATS = tl.constexpr(8)  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
-INTS = tl.constexpr(4)  # token, best_id, second_id, bad
+FLOATS = 8  # fields of a partial state: won, logit, inside, best, second, top, total, weighted
+INTS = 4  # token, best_id, second_id, bad
 
 
 @triton.jit
@@ -143,10 +144,6 @@ def _score_rows(
     tl.store(ints + 3 * size + out, bad, mask=live)
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool) -> Config:
     """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
     extras: noise or probes, whose registers only a smaller tile leaves free."""
@@ -179,9 +176,9 @@ def row_stats(
     if count:
         with torch.cuda.device_of(hidden):  # Triton launches on the current one
             parts = _score(
-                hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys, None
+                hidden, lm_head, count, rows, banned_ids, excluded_ids, probe_ids, probes, temperature, noise_keys
             )
-            _finish_rows(parts, ids, values, None)
+            _finish_rows(parts, ids, values)
     token, second_token = ids
     logit, second_logit, logsumexp, log_odds, entropy = values
     fields = (token, logit, second_token, second_logit, logsumexp, log_odds, entropy)
@@ -191,61 +188,62 @@ def row_stats(
 def decode_step_(step: Step) -> None:
     """Score, decide and commit."""
     batch, width, dim = step.hidden.shape
-    count, length, undecided = batch * width, step.tokens.shape[1], step.undecided.view(torch.uint8)
-    state = (step.sequences, undecided, step.progress, step.seeds, width, length, step)
-    none = step.stat_ids.view(-1)[:0]
+    count, none = batch * width, step.stat_ids.view(-1)[:0]
     with torch.cuda.device_of(step.hidden):
         parts = _score(
             step.hidden.view(count, dim), step.lm_head, count, none, step.banned_ids, step.excluded_ids,
-            none.view(count, 0), step.stat_values, step.temperature, none, state,
+            none.view(count, 0), step.stat_values, step.temperature, none, step,
         )  # fmt: skip
-        _finish_rows(parts, step.stat_ids, step.stat_values, state)
+        _finish_rows(parts, step.stat_ids, step.stat_values, step)
         finish_step[(batch,)](
-            step.stat_ids, step.stat_values, step.sequences, step.tokens, undecided, step.predicted, step.progress,
-            step.quota, step.bounds, step.weights, step.end_ids, step.waiting_ids, count, width, length,
-            step.prompt_length, len(step.quota), step.fill_id, step.cut, len(step.end_ids), len(step.waiting_ids),
-            DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position, FILTER=step.filter_length,
-            FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32, LINE=2048,
-            num_warps=8, enable_fp_fusion=True,
+            step.stat_ids, step.stat_values, step.sequences, step.tokens, step.undecided.view(torch.uint8),
+            step.predicted, step.progress, step.quota, step.bounds, step.weights, step.end_ids, step.waiting_ids,
+            count, width, step.tokens.shape[1], step.prompt_length, len(step.quota), step.fill_id, step.cut,
+            len(step.end_ids), len(step.waiting_ids), DECIDED_IS_ONE=step.decided_is_one, POSITION=step.position,
+            FILTER=step.filter_length, FILTER_PAD=_padded(step.filter_length), WIDTH=_padded(width), CHUNK=32,
+            LINE=2048, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, state: tuple[Any, ...] | None) -> None:
+def _of_step(step: Step | None, none: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...], dict[str, bool]]:
+    """What kernels take of a step: tensors (sequences, undecided, progress, seeds), sizes (width, length,
+    prompt_length) and constants; without one ``none``, which is not read.
+    """
+    if step is None:
+        return (none,) * 4, (1, 1, 0), {"STEP": False, "ALL_ROWS": True}
+    tensors = step.sequences, step.undecided.view(torch.uint8), step.progress, step.seeds
+    sizes = step.hidden.shape[1], step.tokens.shape[1], step.prompt_length
+    return tensors, sizes, {"STEP": True, "ALL_ROWS": step.all_rows}
+
+
+def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, step: Step | None = None) -> None:
     """Merge partial states. A launch of its own: the few programs that commit would take long over all rows."""
     _, segments, count = parts[0].shape
-    sequences, undecided, progress, _, width, length, step = state or (*(ids,) * 4, 1, 1, None)
+    tensors, sizes, constants = _of_step(step, ids)
     finish_rows[(triton.cdiv(count, 4),)](
-        *parts, ids, values, sequences, undecided, progress, count, segments, width, length,
-        STEP=state is not None, ALL_ROWS=step is None or step.all_rows, SEGMENTS=_padded(segments), ROWS=4,
-        num_warps=8, enable_fp_fusion=True,
+        *parts, ids, values, *tensors[:3], count, segments, *sizes[:2], **constants,
+        SEGMENTS=_padded(segments), ROWS=4, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def _score(
     hidden: Tensor, head: Tensor, count: int, rows: Tensor, banned: Tensor, excluded: Tensor, probe_ids: Tensor,
-    probe_logits: Tensor, temperature: float, noise_keys: Tensor, state: tuple[Any, ...] | None,
+    probe_logits: Tensor, temperature: float, noise_keys: Tensor, step: Step | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Partial states [fields, segments, count] of all rows."""
     segments = triton.cdiv(len(head), SEGMENT)
-    floats = torch.empty(FLOATS.value, segments, count, dtype=torch.float32, device=head.device)
-    ints = torch.empty(INTS.value, segments, count, dtype=torch.int32, device=head.device)
-    if state is None:
-        empty = rows[:0]
-        sequences, undecided, progress, seeds, width, length, prompt_length, all_rows = (*(empty,) * 4, 1, 1, 0, True)
-    else:
-        sequences, undecided, progress, seeds, width, length, step = state
-        prompt_length, all_rows = step.prompt_length, step.all_rows
+    floats = torch.empty(FLOATS, segments, count, dtype=torch.float32, device=head.device)
+    ints = torch.empty(INTS, segments, count, dtype=torch.int32, device=head.device)
+    tensors, sizes, constants = _of_step(step, rows[:0])
     # the interpreter multiplies the bits of bfloat16 as integers
     upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)
     config = config or config_for(hidden, head, count, upcast, temperature > 0 or probe_ids.shape[1] > 0)
     # tiles of rows side by side: those of a segment run together, and all but the first find its weights in L2
     _score_rows[(triton.cdiv(count, config.rows), segments)](
-        hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress,
-        seeds, floats, ints,
+        hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, *tensors, floats, ints,
         head.shape[1], len(head), count, len(hidden), hidden.stride(0), head.stride(0), len(banned), len(excluded),
-        temperature, width, length, prompt_length,
-        PROBES=probe_ids.shape[1], SAMPLE=temperature > 0, STEP=state is not None, ALL_ROWS=all_rows,
+        temperature, *sizes, **constants, PROBES=probe_ids.shape[1], SAMPLE=temperature > 0,
         UPCAST=upcast, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
         PART=PART, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,  # Triton's default changes
     )  # fmt: skip
