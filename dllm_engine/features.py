@@ -14,7 +14,7 @@ NAMES = (
     "decided 1 left", "decided 1 right", "least odds left", "undecided left", "greatest odds", "undecided", "stable",
 )  # fmt: skip
 COUNT = len(NAMES)
-_SURE = 3.0
+SURE = 3.0  # odds of a decided position
 
 
 def position_features(
@@ -28,23 +28,23 @@ def position_features(
         stable: bool [B, S], whether the step before predicted the same token; False at a block's first.
     """
     width = log_odds.shape[1]
-    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, active.float() * _SURE)
+    odds = torch.where(undecided, log_odds.clamp(-12, 12) / 4, active.float() * SURE)
     open_, decided = undecided.float(), (active & ~undecided).float()
 
     def shifted(x: Tensor, by: int, left: float, right: float) -> Tensor:
         """The value ``by`` places to the right (negative: left)."""
         return F.pad(x, (-by, 0), value=left)[:, :width] if by < 0 else F.pad(x, (0, by), value=right)[:, by:]
 
-    before = F.pad(odds, (1, 0), value=_SURE)[:, :width].cummin(1).values
+    before = F.pad(odds, (1, 0), value=SURE)[:, :width].cummin(1).values
     undecided_before = open_.cumsum(1) - open_
     place = torch.arange(width, dtype=torch.float32, device=odds.device).expand_as(odds) / 32
-    greatest = odds.masked_fill(~undecided, -_SURE).amax(1, keepdim=True).expand_as(odds)
+    greatest = odds.masked_fill(~undecided, -SURE).amax(1, keepdim=True).expand_as(odds)
     columns = (
         odds,
         margin.clamp(0, 12) / 4,
         entropy.clamp(0, 6) / 2,
         place,
-        *(shifted(odds, by, _SURE, 0.0) for by in (-2, -1, 1, 2)),
+        *(shifted(odds, by, SURE, 0.0) for by in (-2, -1, 1, 2)),
         *(shifted(decided, by, 1.0, 0.0) for by in (-1, 1)),
         before,
         undecided_before / 32,

@@ -208,8 +208,7 @@ class Loop:
         """Those whose end of text is predicted in their next call: they begin a block that is not their last."""
         if not self.predicts:
             return []
-        beyond = self.reach
-        return [b for b in unfinished if self.where[b][2] == 0 and self.where[b][1] > self.where[b][0] + beyond]
+        return [b for b in unfinished if self.where[b][2] == 0 and self.where[b][1] > self.where[b][0] + self.reach]
 
     def check(self, joined: list[int], describe: Callable[[int, int], str]) -> None:
         """Raise RuntimeError if a sequence of the last step has no token; ``describe``: (sequence, column) -> name."""

@@ -6,7 +6,7 @@ and two libraries' sigmoids differ in the last place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -63,9 +63,6 @@ class Rule:
     def reads_decided(self) -> bool:
         """Whether the statistics of decided positions matter."""
         return len(self.weights) > 0 and not self.decided_is_one and not self.position
-
-    def to(self, device: torch.device) -> Rule:
-        return replace(self, bounds=self.bounds.to(device), weights=self.weights.to(device))
 
 
 def by_bounds(confidences: tuple[float, ...], device: torch.device) -> Rule:

@@ -8,7 +8,7 @@ import triton.language as tl
 from dllm_engine import features
 
 FEATURES = tl.constexpr(features.COUNT)
-SURE = tl.constexpr(3.0)  # the odds of a decided position
+SURE = tl.constexpr(features.SURE)
 
 
 @triton.jit

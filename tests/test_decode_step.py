@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,10 @@ def random_filter(hidden: int) -> LearnedFilter:
     for parameter in learned.parameters():
         torch.nn.init.normal_(parameter, std=1.0)
     return learned.requires_grad_(False)
+
+
+def moved(rule: Rule, device: str) -> Rule:
+    return replace(rule, bounds=rule.bounds.to(device), weights=rule.weights.to(device))
 
 
 def rules_for(width: int, device: str) -> dict[str, Rule]:
@@ -129,7 +134,7 @@ def test_decisions_are_exact_given_the_statistics(where: tuple[str, str]) -> Non
                         head.to(d),
                         target,
                         torch.arange(4, device=d),
-                        bounds.to(torch.device(d)),
+                        moved(bounds, d),
                         backend=b,
                     )
                 if bounds is rule:
@@ -194,7 +199,7 @@ def test_the_filter_of_a_position_decides_as_eager(where: tuple[str, str], kind:
             for target, d, b in zip(states, (device, "cpu"), (backend, "eager"), strict=True):
                 target.predicted.copy_(expected.predicted)
                 ops.decode_step_(
-                    hidden.to(d), head.to(d), target, sequences.to(d), rule.to(torch.device(d)),
+                    hidden.to(d), head.to(d), target, sequences.to(d), moved(rule, d),
                     end_ids=torch.tensor([1, 2], device=d) if seed % 3 else None, backend=b,
                 )  # fmt: skip
             for field in STATE:
