@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
+import os
 import platform
 import shutil
 import statistics
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,11 +62,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def append(rows: Sequence[dict[str, Any]], device: torch.device, file: Path | None = None) -> Path:
+def append(rows: Sequence[dict[str, Any]], device: torch.device) -> Path:
     """Add rows with their provenance to ``benchmarks/results/<device>.jsonl``."""
     name = device_name(device).split(",")[0].replace(" ", "_").replace("/", "_").replace("(R)", "")
-    file = file or RESULTS / f"{name}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{name}.jsonl"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     about = provenance(device)
     with file.open("a", encoding="utf-8") as out:
         for row in rows:
@@ -104,6 +107,13 @@ def interleaved(
 
             times[name].append(once(repeated, device) / count)
     return times
+
+
+def side_by_side(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    """What a function of a script gives for each of the arguments, in processes of their own: to compile kernels."""
+    workers = min(12, max(1, (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def failure(run: Callable[[], Any]) -> str:

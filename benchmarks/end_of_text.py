@@ -33,32 +33,23 @@ WAYS = ("off", "committed", "predicted")
 
 
 class Watched(Policy):
-    """Another policy; notes each sequence's first undecided position (counted in the generation) at every pass."""
+    """Notes each sequence's first undecided position (counted in the generation) at every pass of another policy."""
 
-    name = "watched"
+    seen: list[tuple[Tensor, Tensor]]
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def reads_decided(self) -> bool:  # type: ignore[override]
-        return self._policy.reads_decided
-
-    @property
-    def ends_wait(self) -> bool:  # type: ignore[override]
-        return self._policy.ends_wait
-
-    def default_steps(self, gen_length: int) -> int | None:
-        return self._policy.default_steps(gen_length)
-
-    def score(self, stats: RowStats, state: BlockState) -> Tensor:
-        return self._policy.score(stats, state)
+    @staticmethod
+    def of(policy: Policy) -> Watched:
+        """A copy of ``policy`` that is watched."""
+        kind = type("Watched", (Watched, type(policy)), {})
+        watched: Watched = object.__new__(kind)
+        watched.__dict__ |= vars(policy)
+        watched.seen = []
+        return watched
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         first = state.positions.masked_fill(~state.undecided, 1 << 30).amin(1)
         self.seen.append((state.sequences, first))
-        return self._policy.select(stats, state)
+        return super().select(stats, state)
 
     def after(self, ends: Tensor) -> int:
         """Passes of sequences whose undecided positions all lie behind ``ends`` [B]."""
@@ -91,7 +82,7 @@ def main() -> None:
             passes, after = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
             for first in tqdm(range(0, len(prompts), args.batch_size), desc=f"{text}, {cache}", disable=None):
                 for way in WAYS:
-                    watched = Watched(policy)
+                    watched = Watched.of(policy)
                     out = decode(
                         model,
                         prompts[first : first + args.batch_size],

@@ -48,11 +48,11 @@ SHAPES = {
 
 @torch.no_grad()
 def random_model(
-    shape: Shape, *, device: torch.device, dtype: torch.dtype, max_length: int, peak: float = 1.0, seed: int = 0
+    shape: Shape, *, device: torch.device, dtype: torch.dtype, max_length: int, peak: float = 1.0
 ) -> LLaDA:
     """Normal weights that keep the scale of what passes through them; logits have the standard deviation ``peak``."""
     model = LLaDA.uninitialised(shape.config(max_length), device, dtype)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)

@@ -116,11 +116,11 @@ def record(setting: Setting, own: dict[str, list[Row]], base: dict[str, list[Row
     return what | {"gen_length": setting.gen_length, "figures": figures}
 
 
-def frontier(records: Sequence[dict[str, Any]], group: str = "mean") -> list[dict[str, Any]]:
+def frontier(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records that no other with the same cache beats in accuracy or tokens per forward without losing the other."""
 
     def point(r: dict[str, Any]) -> tuple[float, float]:
-        return r["figures"][group]["accuracy"], r["figures"][group]["tokens_per_forward"]
+        return r["figures"]["mean"]["accuracy"], r["figures"]["mean"]["tokens_per_forward"]
 
     def beaten(r: dict[str, Any], by: dict[str, Any]) -> bool:
         return by["cache"] == r["cache"] and point(by) != point(r) and min(map(operator.sub, point(by), point(r))) >= 0

@@ -12,21 +12,19 @@ import argparse
 import functools
 import itertools
 import math
-import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import append, failure, graphed, interleaved, ratio, read_bandwidth
+from common import append, failure, graphed, interleaved, ratio, read_bandwidth, side_by_side
 from models import SHAPES, Shape
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dllm_engine import kernel_limits
 from dllm_engine.kernels import products
 from dllm_engine.kernels.products import Config, Parts, linear
 
@@ -84,22 +82,20 @@ def compile_kernel(rows: int, config: Config, dtype: torch.dtype) -> None:
         failure(functools.partial(linear, x, weight, config=config, parts=parts))
 
 
-def compiled_side_by_side(args: argparse.Namespace, dtype: torch.dtype) -> None:
+def compile_all(args: argparse.Namespace, dtype: torch.dtype) -> None:
     wanted = {
         (rows, config)
         for rows in args.rows
         for size in matrices(SHAPES[args.shape]).values()
         for config, _ in choices(*size, rows)
     }
-    workers = min(12, max(1, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernel, *zip(*sorted(wanted), strict=True), [dtype] * len(wanted)))
+    side_by_side(compile_kernel, *zip(*sorted(wanted), strict=True), [dtype] * len(wanted))
 
 
 def contenders(problem: Problem, sweep: bool) -> dict[str, Callable[[int], Tensor | Parts]]:
     rows, (size, depth) = len(problem.x), problem.weights.shape[1:]
     found: dict[str, Callable[[int], Tensor | Parts]] = {"torch": problem.torch}
-    if problem.x.device.type == "cuda" or products.interpreted():
+    if problem.x.device.type in kernel_limits.devices():
         found["kernel"] = problem.kernel
         for config, parts in choices(size, depth, rows) if sweep else ():
             name = f"{config.features} x {config.depth}, {config.warps} warps, {config.stages} stages, {parts} parts"
@@ -146,7 +142,7 @@ def main() -> None:
     if args.sweep and device.type != "cuda":
         parser.error("--sweep: tiles are timed on a GPU")
     if args.sweep:
-        compiled_side_by_side(args, dtype)
+        compile_all(args, dtype)
     bandwidth = read_bandwidth(device)
     console.print(f"roof: {bandwidth / 1e9:,.1f} GB/s")
     for rows, (name, (size, depth)) in itertools.product(args.rows, matrices(SHAPES[args.shape]).items()):

@@ -196,7 +196,7 @@ def main() -> None:
         engine, bare = row["engine_us_per_pass"], row["bare_us_per_pass"]
         print(f"batch {row['batch']:3}: {engine:9,.1f} µs a pass, bare {bare:9,.1f} µs, ratio {row['ratio']:.2f}")
         if row is not first:
-            gain = [r["batch"] / row[f"{name}_us_per_pass"] for name in ("engine", "bare") for r in (row,)]
+            gain = [row["batch"] / row[f"{name}_us_per_pass"] for name in ("engine", "bare")]
             base = [first["batch"] / first[f"{name}_us_per_pass"] for name in ("engine", "bare")]
             shares = [g / b for g, b in zip(gain, base, strict=True)]
             row["scaling_engine"], row["scaling_bare"] = (round(s, 3) for s in shares)

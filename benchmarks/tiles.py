@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import triton
-from common import append, read_bandwidth
+from common import append, read_bandwidth, side_by_side
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,9 +62,7 @@ def main() -> None:
     device, console = torch.device("cuda"), Console(width=120)
 
     wanted = {(candidates(rows)[0].rows, config) for rows in args.rows for config in candidates(rows)}
-    workers = min(12, max(1, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        failures = sum(map(bool, pool.map(compile_tiles, *zip(*sorted(wanted, key=repr), strict=True))))
+    failures = sum(map(bool, side_by_side(compile_tiles, *zip(*sorted(wanted, key=repr), strict=True))))
     console.print(f"{len(wanted)} kernels compiled, {failures} of them too large for this device")
 
     bandwidth = read_bandwidth(device)

@@ -59,16 +59,18 @@ def config_json(rows: int) -> dict[str, Any]:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Newton-Schulz in float32: many CPUs emulate bfloat16, slowly)."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    momentum = 0.95
+
+    def __init__(self, params: list[nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(p.grad)
-                x = p.grad + group["momentum"] * buffer
+                buffer.mul_(self.momentum).add_(p.grad)
+                x = p.grad + self.momentum * buffer
                 tall = x.shape[0] > x.shape[1]
                 x = x.T if tall else x
                 x = x / (x.norm() + 1e-7)

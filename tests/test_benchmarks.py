@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from cases import SLOWLY
+from conftest import ending_model
 from rich.console import Console
 
-from dllm_engine import LLaDA, backends, graphs, policies
+from dllm_engine import LLaDA, backends, decode, graphs, policies
 from dllm_engine.layers import Kernels
 from dllm_engine.policy_text import PolicyText
 
@@ -31,7 +32,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Runs a script in this process (torch is loaded already) and gives what it printed."""
 
     def run(script: str, *arguments: str) -> str:
-        monkeypatch.syspath_prepend(BENCHMARKS)
         monkeypatch.setattr(sys, "argv", [script, *arguments, "--dry-run"])
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
         printed = capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products(run: Run) -> None:
     pytest.importorskip("triton")
-    text = run("products.py", "--shape", "tiny", "--rows", "3", "--seconds", "0", "--dry-run")
+    text = run("products.py", "--shape", "tiny", "--rows", "3", "--seconds", "0")
     assert [name in text for name in ("qkv: 3 rows x 96 x 32", "ff_out: 3 rows x 32 x 48")] == [True, True]
 
 
@@ -144,7 +144,6 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_run_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A compiler that is missing, a backend that breaks: the others have their figures."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import decode_step
 
     def broken(*arguments: Any, **options: Any) -> Any:
@@ -161,6 +160,21 @@ def test_what_cannot_run_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch, 
         told = file.read()
     assert [record["contender"] for record in records] == ["eager", "b", "d"]
     assert told.splitlines() == [f"{name} is not timed: RuntimeError: no C compiler" for name in ("broken", "c")]
+
+
+def test_a_watched_rule_decides_as_it_is() -> None:
+    """With all its hooks: one that asks for logits, one that kernels decide."""
+    import end_of_text
+
+    model = ending_model()
+    for name in ("credit", "threshold"):
+        policy = policies.resolve(name, model, block_length=8, cache="dual")
+        options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "cache": "dual"}
+        watched = end_of_text.Watched.of(policy)
+        out, expected = (decode(model, [[5, 6], [7, 8]], policy=p, **options) for p in (watched, policy))
+        assert torch.equal(out.sequences, expected.sequences)
+        assert sum(len(sequences) for sequences, _ in watched.seen) == out.sequence_passes.sum()
+        assert watched.after(torch.full((2,), -1)) > watched.after(torch.full((2,), 16)) == 0
 
 
 def test_scaling(run: Run, tmp_path: Path) -> None:
@@ -246,9 +260,8 @@ def test_policies_report(run: Run, tmp_path: Path) -> None:
     assert {file: file.stat().st_size for file in kept.glob("*.jsonl")} == size
 
 
-def test_the_report_replaces_what_is_between_the_markers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_replaces_what_is_between_the_markers() -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     from policies_report import BEGIN, END, SETTINGS, update
 
     page = f"a\n\n{BEGIN}\n\nold\n\n{END}\n\nz\n"
@@ -265,7 +278,6 @@ def test_the_report_replaces_what_is_between_the_markers(monkeypatch: pytest.Mon
 
 def test_counters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What a profiler looks at runs; and `gpu.py` hands it to the profiler that there is."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(
         sys, "argv", ["counters.py", "--device", "cpu", "--shape", "500x32", "--backends", "cpu", "cuda"]
     )
@@ -279,11 +291,8 @@ def test_counters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "counters" not in [step.name for step in steps("python3", ["pytest"], [], None, None)]
 
 
-def test_gpu_steps_are_stopped_in_time(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpu_steps_are_stopped_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a step printed before and while it was stopped is kept."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     watched = runpy.run_path(str(BENCHMARKS / "gpu.py"))["watched"]
     hangs = "import time; print('begun', flush=True); time.sleep(60)"
     assert watched([sys.executable, "-c", hangs], 1.5, os.environ, tmp_path / "log") == 1

@@ -182,7 +182,6 @@ def test_command(
         assert status == 0, capsys.readouterr().err
         assert target.getvalue().strip()
     elif first == "python" and arguments[0].startswith("benchmarks/"):
-        monkeypatch.syspath_prepend(ROOT / "benchmarks")
         import common
 
         monkeypatch.setattr(common, "RESULTS", tmp_path)
