@@ -32,13 +32,8 @@ bench: .venv/plots.stamp
 	$(BIN)/python benchmarks/scaling.py --plot build/scaling.png
 
 # Everything that needs a CUDA device; NO_VENV=1 takes $(PYTHON) as it is. ARGS=--dry-run stops before the GPU.
-ifdef NO_VENV
-gpu:
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
-else
-gpu: .venv/test.stamp
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
-endif
+gpu: $(if $(NO_VENV),,.venv/test.stamp)
+	$(if $(NO_VENV),$(PYTHON),$(BIN)/python) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
