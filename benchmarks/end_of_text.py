@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dllm_engine import LLaDA, decode, policies, tasks
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.state import BlockState

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_engine import LLaDA, tasks
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.cli_plot import pyplot
-from dllm_engine.demo import DEMO_MODEL
 from dllm_engine.evaluate import wilson
 from dllm_engine.tokenizer import answer_text, encode_prompt
 

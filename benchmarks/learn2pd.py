@@ -28,8 +28,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from dllm_engine import LLaDA, tasks
+from dllm_engine.built_in import DEMO_MODEL, trained_tasks
 from dllm_engine.cli_eval_rows import KeptRows
-from dllm_engine.demo import DEMO_MODEL, trained_tasks
 from dllm_engine.evaluate import Row, Setting, paired_loss, run_all, summary
 from dllm_engine.samples import canvas_for
 from dllm_engine.tasks.sums import score_working

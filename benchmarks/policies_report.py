@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_engine import LLaDA, policies, tasks
+from dllm_engine.built_in import DEMO_MODEL, trained_tasks
 from dllm_engine.cli_plot import pyplot
-from dllm_engine.demo import DEMO_MODEL, trained_tasks
 from dllm_engine.evaluate import Row, Setting, paired_loss, summary
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.samples import canvas_for

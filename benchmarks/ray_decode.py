@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dllm_engine import Engine, LLaDA, tasks
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.integrations.ray_file import decode_file
 from dllm_engine.tokenizer import answer_text, encode_prompt
 

@@ -28,7 +28,7 @@ from common import append, device_name
 from tqdm import tqdm
 
 from dllm_engine import Engine, LLaDA, decode, tasks
-from dllm_engine.demo import DEMO_MODEL, trained_tasks
+from dllm_engine.built_in import DEMO_MODEL, trained_tasks
 from dllm_engine.tokenizer import encode_prompt
 
 LENGTH = 128

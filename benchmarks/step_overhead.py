@@ -27,7 +27,7 @@ from common import append, ratio
 from torch import Tensor
 
 from dllm_engine import LLaDA, decode, native, ops
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.policies import TopK
 from dllm_engine.state import DecodeState
 from dllm_engine.step import Step

@@ -26,7 +26,7 @@ def check_counts(**counts: Any) -> None:
         check_count(name, value)
 
 
-def check_options(*, end_of_text: str, temperature: float, cfg_scale: float) -> None:
+def check_options(*, end_of_text: str = "auto", temperature: float = 0.0, cfg_scale: float = 0.0) -> None:
     """Unknown names and numbers out of range raise ValueError."""
     if end_of_text not in END_OF_TEXT:
         raise ValueError(f"end_of_text: {end_of_text!r} given; known: {', '.join(END_OF_TEXT)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from dllm_engine import cli_bench, cli_eval, cli_lm_eval, cli_ray, cli_serve, cli_train
+from dllm_engine import cli_bench, cli_eval, cli_lm_eval, cli_options, cli_ray, cli_serve, cli_train
 from dllm_engine._version import __version__
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   dllm-engine demo
   dllm-engine generate --prompt "Reverse: 0 Adam Fox, 1 Emma Reed, 2 Jack Cole" --watch
-  dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --chat --prompt "What is a kernel?" --gen-length 256
+  dllm-engine generate --model GSAI-ML/LLaDA-8B-Instruct --prompt "What is a kernel?" --gen-length 256
   dllm-engine generate --prompts questions.jsonl --policy threshold=0.95 --json > answers.jsonl
   dllm-engine eval --policy topk threshold=0.9 factor=1.0 --cache none dual
   dllm-engine serve --port 8000
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "Ten questions to the built-in model, decoded four ways, with what each costs.")
-    _add_model_options(demo)
+    cli_options.add_model(demo)
     demo.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE.jsonl", help="published ParallelBench files instead"
     )
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
 
     generate = command("generate", _generate, "Answer prompts.")
-    _add_model_options(generate)
+    cli_options.add_model(generate)
     source = generate.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     source.add_argument(
@@ -101,69 +100,39 @@ def _parser() -> argparse.ArgumentParser:
         help='rows {"prompt": str} or {"messages": [...]}; "-" reads them from stdin.'
         " With neither option, stdin is one prompt",
     )
-    generate.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts through the chat template (default: only for the built-in model)",
-    )
-    _add_decode_options(generate)
+    cli_options.add_chat(generate)
+    cli_options.add_decoding(generate)
     generate.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (%(default)s)")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt: text, tokens, passes")
     generate.add_argument("--watch", action="store_true", help="draw the denoising live, one prompt at a time")
 
-    evaluate = command("eval", _eval, "Accuracy, forward passes and speed of several settings side by side.")
-    _add_model_options(evaluate)
+    evaluate = command("eval", cli_eval.run, "Accuracy, forward passes and speed of several settings side by side.")
+    cli_options.add_model(evaluate)
     cli_eval.add_arguments(evaluate)
 
-    bench = command("bench", _bench, "Tokens a second of this model here, beside one token per step and a threshold.")
-    _add_model_options(bench)
+    bench = command(
+        "bench", cli_bench.run, "Tokens a second of this model here, beside one token per step and a threshold."
+    )
+    cli_options.add_model(bench)
     cli_bench.add_arguments(bench)
 
-    train = command("train-filter", _train_filter, "Train a Learn2PD filter on a model's own decodes.")
-    _add_model_options(train)
+    train = command("train-filter", cli_train.run, "Train a Learn2PD filter on a model's own decodes.")
+    cli_options.add_model(train)
     cli_train.add_arguments(train)
 
     harness = "lm-evaluation-harness with this engine: lm-eval's own options, tasks and result files."
     cli_lm_eval.add_arguments(commands, harness).set_defaults(run=cli_lm_eval.run)
-    serve = command("serve", _serve, "Serve the model over HTTP, as OpenAI's API does.")
-    _add_model_options(serve)
+    serve = command("serve", cli_serve.run, "Serve the model over HTTP, as OpenAI's API does.")
+    cli_options.add_model(serve)
     cli_serve.add_arguments(serve)
     ray = command("ray-decode", cli_ray.run, "Decode a file of prompts on a Ray cluster; resumable.")
-    _add_model_options(ray)
-    _add_decode_options(ray)
+    cli_options.add_model(ray)
+    cli_options.add_decoding(ray)
     cli_ray.add_arguments(ray)
 
     info = command("info", _info, "Versions, devices, and every backend with the reason if it cannot run.")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return parser
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="checkpoint directory or hub id (default: the built-in model)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: the checkpoint's; float32 for the demo)"
-    )
-
-
-def _add_decode_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "decoding", "Defaults are those in brackets, unless generation_config.json beside the weights says otherwise."
-    )
-    group.add_argument("--gen-length", type=int, metavar="N", help="tokens to generate (128)")
-    group.add_argument("--block-length", type=int, metavar="N", help="tokens of a block (32)")
-    group.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
-    group.add_argument("--policy", metavar="NAME[=VALUE]", help=f"{cli_eval.POLICY_FORMS} (auto)")
-    group.add_argument(
-        "--cache",
-        metavar="NAME",
-        help="none, prefix or dual (dual); dual/8 refreshes every 8 calls, dual/never never",
-    )
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the best token (0)")
-    group.add_argument("--cfg-scale", type=float, metavar="S", help="classifier-free guidance (0)")
-    group.add_argument("--end-of-text", metavar="NAME", help="auto, off, committed or predicted (auto)")
-    group.add_argument("--seed", type=int, metavar="N", help="prompt i gets seed N + i (default: random)")
-    group.add_argument("--backend", default="auto", metavar="NAME", help="see `dllm-engine info` (%(default)s)")
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -176,16 +145,14 @@ def _generate(args: argparse.Namespace) -> None:
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.tokenizer import encode_rows
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: {args.batch_size} given; at least 1 is needed")
+    cli_options.check_counts(args, "batch_size")
     if args.watch and args.json:
         raise ValueError("--watch: cannot be joined with --json; one of them must go")
     rows = _rows(args)
     if args.policy is not None:
         PolicyText.parse(args.policy)  # before the model is loaded
-    model = _model(args)
-    chat = args.chat if args.chat is not None else args.model is None
-    prompts = encode_rows(model.tokenizer, rows, chat=chat)
+    model = cli_options.load(args)
+    prompts = encode_rows(model.tokenizer, rows, chat=args.chat)
     room = model.config.max_sequence_length - (args.gen_length or default(model, "gen_length"))
     for i, prompt in enumerate(prompts):
         if len(prompt) > room > 0:
@@ -246,18 +213,14 @@ def _answer(
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The prompts as rows with "prompt" or "messages"."""
-    from dllm_engine.samples import check_columns, prompt_rows
+    from dllm_engine.samples import check_columns, read_prompts
 
     if args.prompt is not None:
         return [{"prompt": prompt} for prompt in args.prompt]
     if args.prompts is not None:
-        name = "stdin" if args.prompts == "-" else args.prompts
-        with contextlib.nullcontext(sys.stdin) if args.prompts == "-" else open(args.prompts, encoding="utf-8") as file:
-            rows = list(prompt_rows(file, name))
-        if not rows:
-            raise ValueError(f"--prompts: {name} holds no row")
+        rows = read_prompts(args.prompts)
         if args.json:
-            check_columns(rows, name)
+            check_columns(rows, "stdin" if args.prompts == "-" else args.prompts)
         return rows
     try:
         text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip()
@@ -268,31 +231,20 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"prompt": text}]
 
 
-def _model(args: argparse.Namespace) -> LLaDA:
-    from dllm_engine.demo import DEMO_MODEL
-    from dllm_engine.model import LLaDA
-
-    if args.model is None:  # float32: many CPUs emulate bfloat16
-        return LLaDA.from_pretrained(DEMO_MODEL, device=args.device, dtype=args.dtype or "float32")
-    return LLaDA.from_pretrained(args.model, device=args.device, dtype=args.dtype)
-
-
-# -- demo, eval and info -----------------------------------------------------------------------------------------------
+# -- demo and info -----------------------------------------------------------------------------------------------
 
 
 def _demo(args: argparse.Namespace) -> None:
     from dllm_engine import tables
     from dllm_engine.demo import run_data, run_demo
 
+    cli_options.check_counts(args, "batch_size", "limit")
     for name in ("batch_size", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
-        if value is not None and args.data is None:
+        if getattr(args, name) is not None and args.data is None:
             raise ValueError(f"--{name.replace('_', '-')}: needs --data")
     if args.seed is not None and args.data is not None:
         raise ValueError("--seed: of the ten questions, not of --data")
-    model = _model(args)
+    model = cli_options.load(args)
     console = tables.console()
     if args.data:
         run_data(model, console, args.data, args.limit, args.batch_size or 20, args.json)
@@ -300,28 +252,12 @@ def _demo(args: argparse.Namespace) -> None:
         run_demo(model, console, args.seed or 0, args.json)
 
 
-def _eval(args: argparse.Namespace) -> None:
-    cli_eval.run(args, lambda: _model(args))
-
-
-def _bench(args: argparse.Namespace) -> None:
-    cli_bench.run(args, lambda: _model(args))
-
-
-def _train_filter(args: argparse.Namespace) -> None:
-    cli_train.run(args, lambda: _model(args))
-
-
-def _serve(args: argparse.Namespace) -> None:
-    cli_serve.run(args, lambda: _model(args))
-
-
 def _info(args: argparse.Namespace) -> None:
     import torch
 
     from dllm_engine import backends, policies
+    from dllm_engine.built_in import DEMO_MODEL
     from dllm_engine.config import LLaDAConfig
-    from dllm_engine.demo import DEMO_MODEL
     from dllm_engine.kv_cache import KVCache
     from dllm_engine.refresh import CACHES
 
@@ -330,6 +266,10 @@ def _info(args: argparse.Namespace) -> None:
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     example = torch.empty(8, 8, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        auto = backends.resolve("auto", example, example)
+    except (ValueError, RuntimeError) as error:  # what DLLM_BACKEND names
+        auto = str(error)
     facts: dict[str, Any] = {
         "dllm-engine": __version__,
         "python": platform.python_version(),
@@ -340,7 +280,7 @@ def _info(args: argparse.Namespace) -> None:
         "policies": policies.names(),
         "caches": list(CACHES),
         "backends": {name: "ready" if reason is None else reason for name, reason in backends.available().items()},
-        "auto backend": backends.resolve("auto", example, example),
+        "auto backend": auto,
         "KV cache": f"built-in model, float32: {per_token:,} bytes a token, {1024 * per_token:,} for 1,024 tokens",
     }
     if args.json:

@@ -9,9 +9,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dllm_engine import cli_options
 
 if TYPE_CHECKING:
     from dllm_engine.decode import DecodeOutput
@@ -47,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="prompts; without a file worded sums (%(default)s)"
     )
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts through the chat template (default: where the model has one)",
-    )
+    cli_options.add_chat(parser)
     parser.add_argument(
         "--policy", nargs="+", default=["auto"], metavar="NAME[=VALUE]", help="what is compared, see `generate` (auto)"
     )
@@ -72,16 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
 
 
-def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
-    """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dllm_engine.evaluate import checked
+    from dllm_engine.tokenizer import encode_rows
 
     contenders = _check(args)
     rows = _rows(args)
-    model = load()
-    prompts = _encode(args, model, rows)
+    model = cli_options.load(args)
+    prompts = encode_rows(model.tokenizer, rows, chat=args.chat)
     longest = max(map(len, prompts))
     made = {contender: checked(model, contender.setting(args), longest) for contender in contenders}
     records: list[dict[str, Any]] = []
@@ -101,38 +98,23 @@ def _check(args: argparse.Namespace) -> list[Contender]:
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.refresh import Cache
 
-    for name in ("count", "gen_length", "block_length", "turns"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} given; at least 1 is needed")
-    if min(args.batch_size) < 1:
-        raise ValueError(f"--batch-size: {min(args.batch_size)} given; at least 1 is needed")
+    cli_options.check_counts(args, "count", "gen_length", "block_length", "turns", "batch_size")
     for policy in args.policy:
         PolicyText.parse(policy)
     Cache.of(args.cache)
-    checks.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    checks.check_options(end_of_text=args.end_of_text)
     own = [Contender(policy, policy, args.cache, args.end_of_text) for policy in args.policy]
     return list(dict.fromkeys([*(BASELINES[name] for name in BASELINES if name in args.baselines), *own]))
 
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     from dllm_engine import tasks
-    from dllm_engine.samples import prompt_rows
+    from dllm_engine.samples import read_prompts
 
     if args.prompts is None:
         rng = random.Random(0)
         return [{"prompt": tasks.generate("worded_sums", rng).prompt} for _ in range(args.count)]
-    with open(args.prompts, encoding="utf-8") as file:
-        rows = list(islice(prompt_rows(file, str(args.prompts)), args.count))
-    if not rows:
-        raise ValueError(f"--prompts: {args.prompts} holds no row")
-    return rows
-
-
-def _encode(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]]) -> list[list[int]]:
-    from dllm_engine.tokenizer import encode_rows
-
-    chat = bool(getattr(model.tokenizer, "chat_template", None)) if args.chat is None else args.chat
-    return encode_rows(model.tokenizer, rows, chat=chat)
+    return read_prompts(args.prompts, args.count)
 
 
 def _measure(
@@ -193,27 +175,16 @@ def _measure(
 
 
 def _print(records: Sequence[dict[str, Any]], model: LLaDA, prompts: int) -> None:
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     from dllm_engine import tables
-    from dllm_engine.cli_eval import _machine
 
-    title = f"{prompts} prompts to {model.path and model.path.name}, {_machine(model)}, backend {records[0]['backend']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("prompts\nat once", justify="right")
-    for name in ("policy", "cache"):
-        table.add_column(name, overflow="fold")
-    for name in (
-        "forward\npasses",
-        "tokens/\nforward",
-        "seconds\na batch",
-        "tokens/\nsecond",
-        "times\nthe first",
-        "texts as\nthe first",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{prompts} prompts to {tables.described(model)}, backend {records[0]['backend']}"
+    table = tables.table(title)
+    tables.add_figures(table, "prompts\nat once")
+    tables.add_words(table, "policy", "cache")
+    tables.add_figures(table, "forward\npasses", "tokens/\nforward", "seconds\na batch", "tokens/\nsecond")
+    tables.add_figures(table, "times\nthe first", "texts as\nthe first")
     for i, r in enumerate(records):
         new = i == 0 or records[i - 1]["batch_size"] != r["batch_size"]
         end = i + 1 < len(records) and records[i + 1]["batch_size"] != r["batch_size"]

@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dllm_engine import cli_options
+from dllm_engine.cli_options import note
 
 if TYPE_CHECKING:
     from dllm_engine.evaluate import Row, Setting
     from dllm_engine.model import LLaDA
     from dllm_engine.tasks import Sample
 
-POLICY_FORMS = (
-    "auto; topk, random, left_to_right, margin [=TOKENS A STEP]; threshold[=0.9], factor[=1.0],"
-    " learn2pd[=FILTER FILE][@THRESHOLD], entropy[=0.5], cad[=0.95/1/32/0.3], prophet[=7.5/5/2.5],"
-    " localleap[=0.9/0.75/4], hierarchical[=0.9/0.4], wedlm[=0.4/0.02], run_length[=0.9],"
-    " credit[=0.9/0.65/0.7/0.2/4], editing[=0.7/0.5/16], adablock[=0.9/0.3/0.25/4], ete[=0.95/2/2], freedave[=8];"
-    " see docs/policies.md"
-)
 _FRESH: dict[str, Any] = {"prompts": 100, "seed": 1, "names": (3, 6), "sum_steps": 3, "largest": 20}
 _TOKENS_A_STEP = (1, 2, 4, 8)
 _THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -59,18 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     questions.add_argument("--sum-steps", type=int, metavar="N", help="of worded sums, at most (3)")
     questions.add_argument("--largest", type=int, metavar="N", help="number in worded sums (20)")
     questions.add_argument("--limit", type=int, metavar="N", help="first N rows of each file")
-    questions.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put the prompts of plain rows through the chat template (default: only for the built-in model)",
-    )
+    cli_options.add_chat(questions)
 
     settings = parser.add_argument_group("settings", "Every combination is run; the first one is the baseline.")
     settings.add_argument(
         "--policy",
         nargs="+",
         metavar="NAME[=VALUE]",
-        help=f"{POLICY_FORMS}; or oracle (topk auto)",
+        help=f"{cli_options.POLICY_FORMS}; or oracle (topk auto)",
     )
     settings.add_argument(
         "--cache",
@@ -111,15 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="figures as JSON instead of a table")
 
 
-def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
-    """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+def run(args: argparse.Namespace) -> None:
     from dllm_engine.evaluate import Setting
     from dllm_engine.published import GSM8K_LENGTH
     from dllm_engine.samples import canvas_for, longest_answer
 
     filters = _check(args)
     read = _read(args)
-    model = load()
+    model = cli_options.load(args)
     samples = read or _fresh(args, model)
     longest, least = longest_answer(model, samples), canvas_for(model, samples, args.block_length)
     gen_length = least if args.gen_length is None else args.gen_length
@@ -130,9 +120,9 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         )
     if args.gen_length is None and args.benchmark == "gsm8k":
         gen_length = max(least, args.block_length * -(-GSM8K_LENGTH // args.block_length))
-        _note(f"gen_length {gen_length}: room for the model's own working")
+        note(f"gen_length {gen_length}: room for the model's own working")
     elif args.gen_length is None:
-        _note(f"gen_length {gen_length}: fits the longest answer ({longest} tokens) and its end token")
+        note(f"gen_length {gen_length}: fits the longest answer ({longest} tokens) and its end token")
     texts = _sweep(args, model, filters) if args.sweep else args.policy
     settings = [
         Setting(text, cache, end_of_text, args.block_length, gen_length, args.steps)
@@ -149,11 +139,13 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
 
         (args.plot / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
         draw(records, args.plot / "frontier.png")
-        _note(f"{args.plot / 'frontier.png'} and frontier.json written")
+        note(f"{args.plot / 'frontier.png'} and frontier.json written")
     if args.json:
         print(json.dumps(records, indent=1))
     else:
-        _print_table(records, f"{len(samples)} questions to {model.path and model.path.name}, {_machine(model)}")
+        from dllm_engine import tables
+
+        _print_table(records, f"{len(samples)} questions to {tables.described(model)}")
         if args.benchmark:
             from dllm_engine.cli_eval_tasks import print_tasks
 
@@ -169,10 +161,7 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.refresh import Cache
 
-    for name in ("prompts", "limit", "batch_size", "block_length", "gen_length", "steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
+    cli_options.check_counts(args, "prompts", "limit", "batch_size", "block_length", "gen_length", "steps")
     if args.benchmark and args.data is None:
         raise ValueError("--benchmark: needs --data: its published files")
     if args.benchmark and args.chat is False:
@@ -197,7 +186,7 @@ def _check(args: argparse.Namespace) -> dict[str, str]:
     for cache in args.cache:
         Cache.of(cache)
     for end_of_text in args.end_of_text:
-        checks.check_options(end_of_text=end_of_text, temperature=0.0, cfg_scale=0.0)
+        checks.check_options(end_of_text=end_of_text)
     filters: dict[str, str] = {}
     for text in args.filter:
         name, _, file = text.partition("=")
@@ -226,24 +215,22 @@ def _read(args: argparse.Namespace) -> list[Sample]:
         return [sample for file in args.data or () for sample in read_samples(file, args.limit)]
     samples, left_out = published.read(args.benchmark, args.data, args.limit)
     for line in left_out:
-        _note(f"left out: {line}")
+        note(f"left out: {line}")
     if args.model is None:
-        _note("the built-in model was not trained on these prompts: its figures say nothing (--model PATH_OR_HUB_ID)")
+        note("the built-in model was not trained on these prompts: its figures say nothing (--model PATH_OR_HUB_ID)")
     return samples
 
 
 def _fresh(args: argparse.Namespace, model: LLaDA) -> list[Sample]:
     from dllm_engine import tasks
-    from dllm_engine.demo import trained_tasks
+    from dllm_engine.built_in import trained_tasks
 
     names = args.tasks or ["learned"]
     if "learned" in names:
-        if model.path is None or not (model.path / "accuracy.json").exists():
-            raise ValueError(
-                f"--tasks: {model.path} has no accuracy.json that tells what the model learned;"
-                f" --data FILE.jsonl or some of {', '.join(tasks.names())} are needed"
-            )
-        names = [*trained_tasks(model), *(name for name in names if name != "learned")]
+        try:
+            names = [*trained_tasks(model), *(name for name in names if name != "learned")]
+        except ValueError as error:
+            raise ValueError(f"{error}. --tasks with other names, or --data FILE.jsonl, needs none") from None
     samples = []
     for task in dict.fromkeys(names):
         rng = random.Random(f"{args.seed} {task}")  # its own: another task beside it changes nothing
@@ -289,12 +276,11 @@ def _decode(
     from dllm_engine.cli_eval_rows import KeptRows
     from dllm_engine.evaluate import run_all
 
-    chat = args.chat if args.chat is not None else args.model is None
-    kept = KeptRows(args.output, model, samples, labels, batch_size=args.batch_size, chat=chat)
+    kept = KeptRows(args.output, model, samples, labels, batch_size=args.batch_size, chat=args.chat)
     total = len(labels) * -(-len(samples) // args.batch_size)
     finished = sum(-(-len(rows) // args.batch_size) for rows in kept.rows.values())
     if finished:
-        _note(f"resuming: {finished} of {total} batches are in {args.output}")
+        note(f"resuming: {finished} of {total} batches are in {args.output}")
 
     def on_batch(setting: Setting, rows: list[Row]) -> None:
         kept.add(setting, rows)
@@ -306,7 +292,7 @@ def _decode(
             samples,
             list(labels),
             batch_size=args.batch_size,
-            chat=chat,
+            chat=args.chat,
             done=kept.rows,
             on_turn=lambda setting: bar.set_description(f"{labels[setting]}, {setting.cache}"),
             on_batch=on_batch,
@@ -353,19 +339,15 @@ def _rule_and_value(setting: Setting, label: str) -> tuple[str, float | None]:
 
 
 def _print_table(records: Sequence[dict[str, Any]], title: str) -> None:
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     from dllm_engine import tables
 
     ends = len({record["end_of_text"] for record in records}) > 1
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("policy", "cache", *(["end of\ntext"] if ends else [])):
-        table.add_column(name, overflow="fold")
-    figures = ("right %", "95 %\ninterval", "loss\n%", "95 %\nbound", "forward\npasses", "times\nfewer")
-    for name in (*figures, "tokens/\nforward", "tokens/\nsecond"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = tables.table(title)
+    tables.add_words(table, "policy", "cache", *(["end of\ntext"] if ends else []))
+    tables.add_figures(table, "right %", "95 %\ninterval", "loss\n%", "95 %\nbound")
+    tables.add_figures(table, "forward\npasses", "times\nfewer", "tokens/\nforward", "tokens/\nsecond")
     for r in records:
         first = r["loss"] is None
         table.add_row(
@@ -387,14 +369,3 @@ def _print_table(records: Sequence[dict[str, Any]], title: str) -> None:
         "Loss: accuracy of the first row minus that of this one on the same prompts, with its one-sided 95 % bound."
         f" Passes: runs of the transformer a prompt. Settings took turns, {records[0]['batch_size']} prompts a batch."
     )
-
-
-def _machine(model: LLaDA) -> str:
-    import torch
-
-    threads = f" ({torch.get_num_threads()} threads)" if model.device.type == "cpu" else ""
-    return f"{model.device}{threads}, {str(model.dtype).removeprefix('torch.')}"
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -36,7 +36,7 @@ class KeptRows:
         labels: Mapping[Setting, str],
         *,
         batch_size: int,
-        chat: bool,
+        chat: bool | None,
     ) -> None:
         self.rows: dict[Setting, list[Row]] = {}
         self._files: dict[Setting, Path] = {}

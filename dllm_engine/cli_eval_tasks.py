@@ -34,25 +34,14 @@ def task_figures(baseline: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]
 
 def print_tasks(records: Sequence[dict[str, Any]]) -> None:
     """A table with a section a task, the settings below each other in it, and the mean of the tasks as the last one."""
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     from dllm_engine import tables
 
-    table = Table(title="Task by task", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "policy", "cache"):
-        table.add_column(name, overflow="fold")
-    for name in (
-        "questions",
-        "right %",
-        "95 %\ninterval",
-        "loss\n%",
-        "95 %\nbound",
-        "forward\npasses",
-        "tokens/\nforward",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = tables.table("Task by task")
+    tables.add_words(table, "task", "policy", "cache")
+    tables.add_figures(table, "questions", "right %", "95 %\ninterval", "loss\n%", "95 %\nbound")
+    tables.add_figures(table, "forward\npasses", "tokens/\nforward")
     for task in (*records[0]["per_task"], None):
         for i, record in enumerate(records):
             f = record["task_mean"] if task is None else record["per_task"][task]

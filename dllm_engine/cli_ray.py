@@ -6,6 +6,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from dllm_engine import cli_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -22,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="part-*.jsonl in the order of the input; the same command goes on where it stopped",
     )
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts through the chat template (default: only for the built-in model)",
-    )
+    cli_options.add_chat(parser)
     parser.add_argument("--json", action="store_true", help="figures as JSON")
     group = parser.add_argument_group("workers", "Each holds a model of its own.")
     group.add_argument("--workers", type=int, default=1, metavar="N", help="how many (%(default)s)")

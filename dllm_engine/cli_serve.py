@@ -8,14 +8,13 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dllm_engine import cli_options
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from dllm_engine.model import LLaDA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--end-of-text", metavar="NAME", help="auto, off, committed or predicted (auto)")
 
 
-def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
-    """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+def run(args: argparse.Namespace) -> None:
     import dllm_engine.integrations.server as server  # first: it tells what to install where a package is missing
     from dllm_engine.integrations.serve_settings import Settings
 
@@ -92,7 +90,7 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         api_key=key,
     )
     with _listener(args.host, args.port) as listener:
-        serve(server.create_app(load(), settings), listener)
+        serve(server.create_app(cli_options.load(args), settings), listener)
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:

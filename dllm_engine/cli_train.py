@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dllm_engine import cli_options
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--limit", type=int, metavar="N", help=f"first N rows, or fresh questions ({DEFAULT_QUESTIONS})"
     )
-    source.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put prompts through the chat template (default: if the model has one)",
-    )
+    cli_options.add_chat(source)
 
     traces = parser.add_argument_group("traces", "Decoded as the filter will be used.")
     traces.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
@@ -66,16 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="figures as JSON")
 
 
-def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
-    """The command; ``load`` gives the model once the arguments that do not need it are checked."""
+def run(args: argparse.Namespace) -> None:
     from dllm_engine import checks, inputs, traces, train_filter
     from dllm_engine.filter import KINDS, model_ids
     from dllm_engine.refresh import Cache
 
-    for name in ("batch_size", "gen_length", "block_length", "epochs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} given; at least 1 is needed")
+    cli_options.check_counts(args, "batch_size", "gen_length", "block_length", "epochs")
     if args.limit is not None and args.limit < 10:
         raise ValueError(f"--limit: {args.limit} given; at least 10 are needed, thousands are better")
     if args.output.suffix == ".safetensors" or args.output.is_file():
@@ -86,10 +78,10 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
         raise ValueError(f"--risk: {args.risk} given; {train_filter.LEAST_RISK:g} or more and less than 1 allowed")
     Cache.of(args.cache)
     checks.check_seeds(args.seed, 1)
-    checks.check_options(end_of_text=args.end_of_text, temperature=0.0, cfg_scale=0.0)
+    checks.check_options(end_of_text=args.end_of_text)
     began = time.perf_counter()
     rows = _rows(args)
-    model = load()
+    model = cli_options.load(args)
     prompts = _prompts(args, model, rows)
     longest = max(map(len, prompts))
     inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
@@ -118,14 +110,12 @@ def run(args: argparse.Namespace, load: Callable[[], LLaDA]) -> None:
     try:
         train_filter.plot(found, args.output / "calibration.png")
     except ImportError:
-        print("no calibration.png: matplotlib is missing (pip install 'dllm-engine[plots]')", file=sys.stderr)
+        cli_options.note("no calibration.png: matplotlib is missing (pip install 'dllm-engine[plots]')")
 
 
 def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
     """Rows of the file, or None for fresh questions."""
-    from itertools import islice
-
-    from dllm_engine.samples import prompt_rows
+    from dllm_engine.samples import read_prompts
 
     if args.prompts is None:
         if args.model is not None:
@@ -133,8 +123,7 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
                 "--prompts: needed with --model; a JSONL file of prompts like those the model will be asked"
             )
         return None
-    with open(args.prompts, encoding="utf-8") as file:
-        rows = list(islice(prompt_rows(file, str(args.prompts)), args.limit))
+    rows = read_prompts(args.prompts, args.limit)
     if len(rows) < 10:
         raise ValueError(f"--prompts: {len(rows)} given; at least 10 are needed, thousands are better")
     return rows
@@ -142,7 +131,7 @@ def _rows(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] | None) -> list[list[int]]:
     from dllm_engine import tasks
-    from dllm_engine.demo import trained_tasks
+    from dllm_engine.built_in import trained_tasks
     from dllm_engine.tokenizer import encode_rows
 
     if rows is None:
@@ -153,8 +142,7 @@ def _prompts(args: argparse.Namespace, model: LLaDA, rows: list[dict[str, Any]] 
         count = args.limit or DEFAULT_QUESTIONS
         questions = [tasks.generate(turns[i % len(turns)], rng, longest=10) for i in range(count)]
         rows = [{"prompt": question.prompt} for question in questions]
-    chat = args.chat if args.chat is not None else bool(getattr(model.tokenizer, "chat_template", None))
-    return encode_rows(model.tokenizer, rows, chat=chat)
+    return encode_rows(model.tokenizer, rows, chat=args.chat)
 
 
 def _tell(args: argparse.Namespace, learned: Any, found: Any, prompts: int, steps: int, seconds: float) -> None:

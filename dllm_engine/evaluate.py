@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_engine import checks, inputs, policies, tasks
+from dllm_engine import policies, tasks
 from dllm_engine.decode import DecodeOutput, decode
 from dllm_engine.model import LLaDA
+from dllm_engine.options import Options
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
-from dllm_engine.refresh import Cache
 from dllm_engine.samples import EXACT, is_right
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
@@ -75,10 +75,10 @@ def run_all(
     *,
     batch_size: int = 16,
     seed: int = 0,
-    chat: bool = False,
+    chat: bool | None = False,
     done: Mapping[Setting, Sequence[Row]] | None = None,
-    on_turn: Callable[[Setting], None] | None = None,
-    on_batch: Callable[[Setting, list[Row]], None] | None = None,
+    on_turn: Callable[[Setting], object] | None = None,
+    on_batch: Callable[[Setting, list[Row]], object] | None = None,
 ) -> list[list[Row]]:
     """Rows of each setting, in the order of ``samples``.
 
@@ -88,7 +88,8 @@ def run_all(
 
     Args:
         seed: sample i is decoded with seed ``seed + i``.
-        chat: whether prompts of `EXACT` samples go through the chat template too; those of tasks always do.
+        chat: whether prompts of `EXACT` samples go through the chat template too (None: where there is one); those of
+            tasks always do.
         done: rows of whole batches that need not be decoded again.
         on_turn, on_batch: called before a setting decodes a batch, and after it with the new rows.
 
@@ -99,7 +100,8 @@ def run_all(
     if not samples or batch_size < 1:
         raise ValueError(f"samples, batch_size: {len(samples)}, {batch_size} given; at least 1 of each is needed")
     prompts = [
-        encode_prompt(model.tokenizer, s.about.get("messages", s.prompt), chat=chat or s.task != EXACT) for s in samples
+        encode_prompt(model.tokenizer, s.about.get("messages", s.prompt), chat=chat if s.task == EXACT else True)
+        for s in samples
     ]
     longest = max(map(len, prompts))
     runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
@@ -120,15 +122,10 @@ def run_all(
 
 def checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str:
     """The setting's policy; raises for whatever `decode` would reject in the middle of the run."""
-    text = setting.policy
-    lengths = {"gen_length": setting.gen_length, "block_length": setting.block_length}
-    steps = text.steps(setting.gen_length, setting.steps, block_length=setting.block_length)
-    Cache.of(setting.cache)
-    checks.check_options(end_of_text=setting.end_of_text, temperature=0.0, cfg_scale=0.0)
-    inputs.check_lengths(model, longest_prompt, **lengths, steps=steps)
-    if text.name == "oracle":
-        return text.name
-    return policies.resolve(text.make(model), model, block_length=setting.block_length, cache=setting.cache)
+    text, how = setting.policy, _arguments(setting)
+    policy = "topk" if text.name == "oracle" else text.make(model)
+    resolved = Options.resolve(model, longest_prompt=longest_prompt, policy=policy, **how).policy
+    return text.name if text.name == "oracle" else resolved
 
 
 def _batch(
@@ -174,21 +171,18 @@ def decode_as(
     backend: str = "auto",
 ) -> DecodeOutput:
     """Decode as the setting says, ``policy`` being its own from `checked`."""
-    # everything is said, so that no generation_config.json decides; as many steps as tokens are as good as none given
-    return decode(
-        model,
-        prompts,
-        gen_length=setting.gen_length,
-        block_length=setting.block_length,
-        steps=setting.policy.steps(setting.gen_length, setting.steps) or setting.gen_length,
-        temperature=0.0,
-        cfg_scale=0.0,
-        policy=policy,
-        cache=setting.cache,
-        end_of_text=setting.end_of_text,
-        seed=seed,
-        backend=backend,
-    )
+    return decode(model, prompts, policy=policy, seed=seed, **_arguments(setting) | {"backend": backend})
+
+
+def _arguments(setting: Setting) -> dict[str, Any]:
+    """All of `decode`'s but the policy, so that no generation_config.json decides."""
+    gen_length, block_length = setting.gen_length, setting.block_length
+    steps = setting.policy.steps(gen_length, setting.steps, block_length=block_length)
+    return {
+        "gen_length": gen_length, "block_length": block_length, "steps": steps or gen_length,  # as good as none
+        "cache": setting.cache, "end_of_text": setting.end_of_text, "temperature": 0.0, "cfg_scale": 0.0,
+        "backend": "auto",
+    }  # fmt: skip
 
 
 def synchronize(model: LLaDA) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ class Call(NamedTuple):
     """What calls of the same sequences at the same blocks share: it is made when one of them moves on, not every step.
 
     Attributes:
-        sequences: int64 [B'], or None for all in order. columns: those computed, a slice where all have the same, else
-            int64 [B', S].
+        sequences: int64 [B']. everyone: whether these are all, in order.
+        columns: those computed, a slice where all have the same, else int64 [B', S].
         prompt: bool, broadcastable to [B', S]: columns that guidance masks; None without it.
         rope: cos and sin. key_mask: additive [rows, 1, 1, K], or None if all keys are seen.
         caches: one a layer. block: the block's rows among those computed: a slice, or int64 [B', width, 1].
@@ -44,6 +45,14 @@ class Call(NamedTuple):
 def additive(unseen: Tensor, dtype: torch.dtype) -> Tensor:
     """bool [B, K] as what is added to scores, [B, 1, 1, K]: every layer would make that of a bool mask again."""
     return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None, None, :]
+
+
+def guided(both: Sequence[Tensor], scale: float) -> Tensor:
+    """Hidden states, float32, from those with and without the prompt: the LM head is linear, so they stand for logits
+    under classifier-free guidance.
+    """
+    conditional, unconditional = (hidden.float() for hidden in both)
+    return unconditional + (scale + 1) * (conditional - unconditional)
 
 
 class Forward:
@@ -113,8 +122,7 @@ class Forward:
 
         hidden = call.block_rows(hidden)
         if call.prompt is not None:
-            conditional, unconditional = hidden.float().unflatten(0, (-1, 2)).unbind(1)
-            hidden = unconditional + (self.cfg_scale + 1) * (conditional - unconditional)
+            hidden = guided(hidden.unflatten(0, (-1, 2)).unbind(1), self.cfg_scale)
         return call.sequences, hidden
 
     def planned(self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int) -> Call:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from dllm_engine import checks, inputs
 from dllm_engine.engine import Engine
 from dllm_engine.model import LLaDA
-from dllm_engine.options import Options, resolve_backend
+from dllm_engine.options import Options
 from dllm_engine.policies import Random, TopK
-from dllm_engine.refresh import Cache
 from dllm_engine.uncompiled import uncompiled
 
 _LLADA_MASK_ID = 126336  # the default of LLaDA's generate(): here it means the model's own mask id
@@ -60,24 +61,21 @@ def generate(
         raise ValueError(f"remasking: {remasking!r} given; known: {', '.join(_REMASKING)}")
     if mask_id not in (_LLADA_MASK_ID, model.mask_id):
         raise ValueError(f"mask_id: {mask_id} given; this model's mask id is {model.mask_id}")
-    checks.check_options(end_of_text="off", temperature=temperature, cfg_scale=cfg_scale)
     ids, padding = inputs.check_prompt(model, prompt, attention_mask)
     longest = ids.shape[1] - int(padding.min())  # host: input checks, once per call
-    inputs.check_lengths(model, longest, gen_length=gen_length, block_length=block_length, steps=steps)
-    excluded: tuple[int, ...] = (model.fill_id,) if logits_eos_inf else ()
-    if confidence_eos_eot_inf:
-        excluded = model.end_ids
-    options = Options(
+    options = Options.resolve(
+        model,
+        longest_prompt=longest,
         gen_length=gen_length,
         block_length=block_length,
         steps=steps,
         policy=_REMASKING[remasking](),
-        cache=Cache("none"),
+        cache="none",
         end_of_text="off",
-        backend=resolve_backend("auto", model, cfg_scale),
+        backend="auto",
         temperature=temperature,
         cfg_scale=cfg_scale,
-        extra_banned=(model.fill_id,) if logits_eos_inf else (),
-        excluded_ids=excluded,
     )
+    never = (model.fill_id,) if logits_eos_inf else ()
+    options = replace(options, extra_banned=never, excluded_ids=model.end_ids if confidence_eos_eot_inf else never)
     return engine.run(ids, padding, options, checks.check_seeds(None, len(ids))).sequences

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_engine.checks import check_count
+from dllm_engine.checks import check_count, check_counts
 from dllm_engine.model import LLaDA
 
 _INTS = torch.int64, torch.int32
@@ -21,8 +22,16 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
     Raises:
         TypeError, ValueError: see the messages.
     """
+    if isinstance(input_ids, Mapping):
+        raise TypeError(f"input_ids: a {type(input_ids).__name__} given; its own 'input_ids' are needed")
+    if isinstance(input_ids, np.ndarray) and input_ids.dtype.kind == "i":
+        input_ids = torch.as_tensor(input_ids)
     if isinstance(input_ids, Tensor):
         ids = input_ids
+        if ids.layout is not torch.strided or ids.is_nested or ids.is_meta:
+            raise TypeError(
+                f"input_ids: a {ids.layout} tensor on {ids.device} given; a dense one with values is needed"
+            )
         if ids.ndim != 2:
             raise ValueError(f"input_ids: shape {list(ids.shape)} given; [B, P] is needed")
         if ids.dtype not in _INTS:
@@ -35,10 +44,7 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
         if attention_mask is not None:
             raise ValueError("attention_mask: goes with a tensor; lists of ids are padded inside")
         ids, padding = _pad(input_ids, model.fill_id, model.device)
-    rows = model.config.embedding_size
-    low, high = int(ids.min()), int(ids.max())  # host: input checks, once per decode
-    if low < 0 or high >= rows:
-        raise ValueError(f"input_ids: id {low if low < 0 else high} given; the model has ids 0 to {rows - 1}")
+    check_ids(model, (int(ids.min()), int(ids.max())), "input_ids")  # host: input checks, once per decode
     return ids, padding
 
 
@@ -52,20 +58,22 @@ def check_one(model: LLaDA, prompt: Any, index: int, longest: int) -> list[int]:
         raise ValueError(
             f"prompts: prompt {index} has shape {list(prompt.shape)} and {prompt.dtype}; int64 [P] is needed"
         )
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence | Tensor):
+    if not _is_list(prompt):
         raise TypeError(f"prompts: prompt {index} is a {type(prompt).__name__}; a list of ints is needed")
     ids = _ids("prompts", prompt, index)
     if len(ids) > longest:
         raise ValueError(
             f"prompts: prompt {index} has {len(ids)} tokens; {longest} fit the engine's max_length beside gen_length"
         )
-    rows = model.config.embedding_size
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= rows:
-        raise ValueError(
-            f"prompts: prompt {index} holds id {low if low < 0 else high}; the model has ids 0 to {rows - 1}"
-        )
+    check_ids(model, ids, f"prompts: prompt {index}")
     return ids
+
+
+def check_ids(model: LLaDA, ids: Sequence[int], what: str) -> None:
+    """An id that the model does not have raises ValueError; ``what`` begins its message."""
+    rows = model.config.embedding_size
+    if stray := [token for token in (min(ids), max(ids)) if not 0 <= token < rows]:
+        raise ValueError(f"{what}: id {stray[0]} given; the model has ids 0 to {rows - 1}")
 
 
 def _padding(mask: Any, ids: Tensor) -> Tensor:
@@ -75,25 +83,23 @@ def _padding(mask: Any, ids: Tensor) -> Tensor:
         given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: {given} given; a tensor of input_ids' shape {list(ids.shape)} is needed")
     mask = mask.to(ids.device)
-    if not ((mask == 0) | (mask == 1)).all():
+    if not ((mask == 0) | (mask == 1)).all():  # host: input checks, once per decode
         raise ValueError("attention_mask: values other than 0 and 1 given")
     mask = mask.bool()
-    if (mask[:, :-1] & ~mask[:, 1:]).any():
+    if (mask[:, :-1] & ~mask[:, 1:]).any():  # host: the same
         raise ValueError("attention_mask: a 0 follows a 1; only left padding is allowed")
-    if not mask[:, -1].all():
+    if not mask[:, -1].all():  # host: the same
         raise ValueError("attention_mask: a prompt without any token; every row needs at least one 1")
     return (~mask).sum(1)
 
 
 def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if (
-        not isinstance(prompts, Sequence)
-        or isinstance(prompts, str)
-        or not all(isinstance(p, Sequence) or (isinstance(p, Tensor) and p.ndim == 1) for p in prompts)
-    ):
-        raise TypeError(
-            f"input_ids: {type(prompts).__name__} given; a LongTensor [B, P] or a list of lists of ints is needed"
-        )
+    wanted = "a LongTensor [B, P] or a list of lists of ints is needed"
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise TypeError(f"input_ids: {type(prompts).__name__} given; {wanted}")
+    if stray := [type(prompt).__name__ for prompt in prompts if not _is_list(prompt)]:
+        hint = " (of what a tokenizer gives, its 'input_ids')" if "Encoding" in stray[0] or stray[0] == "dict" else ""
+        raise TypeError(f"input_ids: a list of {stray[0]} given; {wanted}{hint}")
     if not prompts:
         raise ValueError("input_ids: an empty batch given")
     prompts = [_ids("input_ids", prompt, i) for i, prompt in enumerate(prompts)]
@@ -106,9 +112,16 @@ def _pad(prompts: Any, fill_id: int, device: torch.device) -> tuple[Tensor, Tens
         raise ValueError(f"input_ids: an id does not fit 64 bits ({error})") from None
 
 
-def _ids(name: str, prompt: Sequence[Any] | Tensor, index: int) -> list[int]:
+def _is_list(prompt: Any) -> bool:
+    if isinstance(prompt, Tensor | np.ndarray):
+        return prompt.ndim == 1
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes)
+
+
+def _ids(name: str, prompt: Any, index: int) -> list[int]:
     """Of one prompt, whose integers may be numpy's."""
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)  # host: a prompt before its first call
+    # host: a prompt before its first call
+    ids = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else list(prompt)
     if not ids:
         raise ValueError(f"{name}: prompt {index} is empty")
     if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
@@ -118,9 +131,9 @@ def _ids(name: str, prompt: Sequence[Any] | Tensor, index: int) -> list[int]:
 
 def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_length: int, steps: int | None) -> None:
     """Lengths that do not fit each other or the model raise ValueError."""
-    for name, value in (("gen_length", gen_length), ("block_length", block_length), ("steps", steps)):
-        if value is not None or name != "steps":
-            check_count(name, value)
+    check_counts(gen_length=gen_length, block_length=block_length)
+    if steps is not None:
+        check_count("steps", steps)
     if gen_length % block_length:
         raise ValueError(f"block_length: {block_length} given; it must divide gen_length {gen_length}")
     blocks = gen_length // block_length

@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
+
+
+def read(file: str | Path, limit: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The first ``limit`` objects of a file ("-": of stdin), each with where it stands: "name, line 7".
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a directory, no row, or one that is no object; says where.
+    """
+    name = "stdin" if file == "-" else str(file)
+    if Path(file).is_dir():
+        raise ValueError(f"{name}: a directory given; a file of JSON lines is needed")
+    with contextlib.nullcontext(sys.stdin) if file == "-" else open(file, encoding="utf-8") as lines:
+        rows = list(islice(_objects(lines, name), limit))
+    if not rows:
+        raise ValueError(f"{name}: no row in it")
+    return rows
+
+
+def _objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        for number, line in enumerate(lines, 1):
+            text, where = (
+                line.removeprefix("\ufeff") if number == 1 else line,
+                f"{name}, line {number}",
+            )  # a byte-order mark
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from None
+            if "\\u" in text and not _encodes(row):
+                raise ValueError(f"{where}: half of a surrogate pair, which no file can hold")
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a {type(row).__name__} given; an object is needed")
+            yield where, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error})") from None
 
 
 def _encodes(row: Any) -> bool:
@@ -13,27 +55,3 @@ def _encodes(row: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """JSON objects of the lines that are not empty, with their line numbers.
-
-    Raises:
-        ValueError: another line; says where.
-    """
-    try:
-        for number, line in enumerate(lines, 1):
-            text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
-            if "\\u" in text and not _encodes(row):
-                raise ValueError(f"{name}, line {number}: half of a surrogate pair, which no file can hold")
-            if not isinstance(row, dict):
-                raise ValueError(f"{name}, line {number}: a {type(row).__name__} given; an object is needed")
-            yield number, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 ({error})") from None

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_engine import checks, ops
+from dllm_engine import checks, inputs, ops
 from dllm_engine.decode import decode
-from dllm_engine.forward import additive
+from dllm_engine.forward import additive, guided
 from dllm_engine.model import LLaDA
 
 
@@ -61,16 +61,15 @@ def log_likelihood(
         TypeError, ValueError: an empty target, ids or a length that the model has not, or a number out of range.
     """
     checks.check_counts(samples=samples, batch_size=batch_size)
-    checks.check_options(end_of_text="off", temperature=0.0, cfg_scale=cfg_scale)
-    limit, ids = model.config.max_sequence_length, model.config.embedding_size
+    checks.check_options(cfg_scale=cfg_scale)
+    limit = model.config.max_sequence_length
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:
             raise ValueError(
                 f"targets: {len(context)} + {len(target)} tokens given in request {i};"
                 f" a target of at least 1, {limit} together are allowed"
             )
-        if not all(0 <= token < ids for token in (*context, *target)):
-            raise ValueError(f"targets: request {i} holds an id outside 0 to {ids - 1}")
+        inputs.check_ids(model, (*context, *target), f"targets: request {i}")
     return _estimates(model, contexts, targets, samples, seed, batch_size, cfg_scale, backend)
 
 
@@ -156,8 +155,7 @@ def _losses(
     seen = additive(padding, model.dtype) if min(map(len, whole)) < length else None
     hidden: Tensor = model.hidden_states(tokens, model.rope_tables(columns[None]), seen, joined=model.joined_weights())
     if cfg_scale > 0:
-        conditional, unconditional = hidden.float().chunk(2)
-        hidden = unconditional + (cfg_scale + 1) * (conditional - unconditional)
+        hidden = guided(hidden.chunk(2), cfg_scale)
     stats = ops.row_stats(
         hidden.flatten(0, 1),
         model.lm_head,

@@ -84,8 +84,7 @@ class Options:
         end_of_text: str,
         backend: str,
     ) -> Options:
-        if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"model: weights of {model.dtype} given; float32, bfloat16 or float16 is needed")
+        model.check_weights()
         cache = Cache.of(cache)
         checks.check_options(end_of_text=end_of_text, temperature=temperature, cfg_scale=cfg_scale)
         checks.check_count("gen_length", gen_length)

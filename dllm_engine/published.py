@@ -10,11 +10,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dllm_engine.jsonl import numbered
+from dllm_engine import jsonl
 from dllm_engine.tasks import Sample, lists
 
 BENCHMARKS = ("parallelbench", "gsm8k")
@@ -49,10 +48,10 @@ def read(benchmark: str, paths: Sequence[Path], limit: int | None = None) -> tup
     left_out: list[str] = []
     if benchmark == "gsm8k":
         for path in paths:
-            samples += [_gsm8k(row, path, number) for number, row in _rows(path, limit)]
+            samples += [_gsm8k(row, where) for where, row in jsonl.read(path, limit)]
         return samples, left_out
     for task, config, file in _tasks(paths, left_out):
-        samples += [_parallelbench(task, config, row, file, number) for number, row in _rows(file, limit)]
+        samples += [_parallelbench(task, config, row, where) for where, row in jsonl.read(file, limit)]
     if not samples:
         raise ValueError(f"{', '.join(map(str, paths))}: no task that can be scored here: {'; '.join(left_out)}")
     return samples, left_out
@@ -97,7 +96,7 @@ def _config(file: Path) -> dict[str, dict[str, Any]]:
     return {str(name): entry for name, entry in entries}
 
 
-def _parallelbench(task: str, config: dict[str, Any], row: dict[str, Any], file: Path, number: int) -> Sample:
+def _parallelbench(task: str, config: dict[str, Any], row: dict[str, Any], where: str) -> Sample:
     """The published chat: each worked example as a turn of user and assistant, then the question."""
 
     def asked(given: dict[str, Any]) -> dict[str, str]:
@@ -112,9 +111,7 @@ def _parallelbench(task: str, config: dict[str, Any], row: dict[str, Any], file:
         about = {"metric": config["metric"], **_gold(config["metric"], row["answer"]), "messages": messages}
         return Sample(task, messages[-1]["content"], _example(row["answer"]), about)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{file}, line {number}: not a published row of {task} ({type(error).__name__}: {error})"
-        ) from None
+        raise ValueError(f"{where}: not a published row of {task} ({type(error).__name__}: {error})") from None
 
 
 def _gold(metric: str, answer: Any) -> dict[str, Any]:
@@ -212,11 +209,11 @@ def final_number(text: str) -> Decimal | None:
     return None if number is None else Decimal(re.sub(r"[,$]", "", number))
 
 
-def _gsm8k(row: dict[str, Any], file: Path, number: int) -> Sample:
+def _gsm8k(row: dict[str, Any], where: str) -> Sample:
     question, answer = row.get("question"), row.get("answer")
     gold = final_number(answer.rpartition("####")[2]) if isinstance(answer, str) and "####" in answer else None
     if not isinstance(question, str) or gold is None:
-        raise ValueError(f'{file}, line {number}: {{"question": str, "answer": "… #### NUMBER"}} is needed')
+        raise ValueError(f'{where}: {{"question": str, "answer": "… #### NUMBER"}} is needed')
     prompt = _GSM8K_PROMPT.format(question=question)
     about = {"metric": "gsm8k", "number": str(gold), "messages": [{"role": "user", "content": prompt}]}
     return Sample("gsm8k", prompt, str(gold), about)
@@ -232,14 +229,3 @@ _SCORERS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "latin_square_score": _latin,
     "gsm8k": lambda text, about: final_number(text) == Decimal(about["number"]),
 }
-
-
-def _rows(file: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
-    """The file's first ``limit`` rows with their line numbers."""
-    if file.is_dir():
-        raise ValueError(f"{file}: a directory given; a file of JSON lines is needed")
-    with open(file, encoding="utf-8") as lines:
-        rows = list(islice(numbered(lines, str(file)), limit))
-    if not rows:
-        raise ValueError(f"{file}: no item in it")
-    return rows

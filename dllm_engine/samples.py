@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_engine import published, tasks
-from dllm_engine.jsonl import numbered
+from dllm_engine import jsonl, published, tasks
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -34,14 +32,14 @@ def canvas_for(model: LLaDA, samples: Sequence[tasks.Sample], block_length: int 
     return block_length * (longest_answer(model, samples) // block_length + 1)
 
 
-def prompt_rows(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
-    """Rows ``{"prompt": str}`` or ``{"messages": [{"role", "content"}, …]}``, each with whatever else it holds.
+def read_prompts(file: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows ``{"prompt": str}`` or ``{"messages": [{"role", "content"}, …]}``, each with whatever else it holds; the
+    first ``limit`` of the file ("-": of stdin).
 
     Raises:
-        ValueError: another row; says where, ``name`` being that of the file.
+        FileNotFoundError: no such file. ValueError: no row, or another one; says where.
     """
-    for number, row in numbered(lines, name):
-        yield _with_prompt(row, name, number)
+    return [_with_prompt(row, where) for where, row in jsonl.read(file, limit)]
 
 
 def check_columns(rows: Iterable[dict[str, Any]], name: str) -> None:
@@ -57,12 +55,11 @@ def read_samples(file: Path, limit: int | None = None) -> list[tasks.Sample]:
     Raises:
         FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
     """
-
-    def sample(row: dict[str, Any], *where: Any) -> tasks.Sample:
-        published = "input" in row and not {"prompt", "messages"} & row.keys()
-        return (_published if published else _plain)(row, *where)
-
-    return _read(file, limit, sample)
+    samples = []
+    for where, row in jsonl.read(file, limit):
+        is_published = "input" in row and not {"prompt", "messages"} & row.keys()
+        samples.append(_published(row, file, where) if is_published else _plain(row, where))
+    return samples
 
 
 def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sample]:
@@ -72,46 +69,34 @@ def read_parallelbench(file: Path, limit: int | None = None) -> list[tasks.Sampl
         FileNotFoundError: no such file. ValueError: names file and line of what cannot be read.
     """
     tasks.task_of_file(file)
-    return _read(file, limit, _published)
+    return [_published(row, file, where) for where, row in jsonl.read(file, limit)]
 
 
-def _read(
-    file: Path, limit: int | None, sample: Callable[[dict[str, Any], Path, int], tasks.Sample]
-) -> list[tasks.Sample]:
-    with open(file, encoding="utf-8") as lines:
-        samples = [sample(row, file, number) for number, row in islice(numbered(lines, str(file)), limit)]
-    if not samples:
-        raise ValueError(f"{file}: no item in it")
-    return samples
-
-
-def _published(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
+def _published(row: dict[str, Any], file: Path, where: str) -> tasks.Sample:
     try:
         return tasks.from_parallelbench(row, tasks.task_of_file(file))
     except ValueError as error:
-        raise ValueError(f"{file}, line {number}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _plain(row: dict[str, Any], file: Path, number: int) -> tasks.Sample:
-    row = _with_prompt(row, str(file), number)
+def _plain(row: dict[str, Any], where: str) -> tasks.Sample:
+    row = _with_prompt(row, where)
     if not isinstance(row.get("answer"), str):
         found = f'"answer" is {row["answer"]!r}' if "answer" in row else 'no "answer"'
-        raise ValueError(f"{file}, line {number}: {found}: a text that the model's must equal is needed")
+        raise ValueError(f"{where}: {found}: a text that the model's must equal is needed")
     messages = row.get("messages")
     about = {"messages": messages} if messages else {}
     return tasks.Sample(EXACT, messages[-1]["content"] if messages else row["prompt"], row["answer"], about)
 
 
-def _with_prompt(row: dict[str, Any], name: str, number: int) -> dict[str, Any]:
+def _with_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
     if "messages" in row:
         messages = row["messages"]
         valid = isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
     else:
         valid = isinstance(row.get("prompt"), str)
     if not valid:
-        raise ValueError(
-            f'{name}, line {number}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed'
-        )
+        raise ValueError(f'{where}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed')
     return row
 
 

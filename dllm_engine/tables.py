@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import sys
 
+import torch
+from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from dllm_engine.model import LLaDA
+
 _WIDTH = 120
+
+
+def table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def add_words(table: Table, *names: str) -> None:
+    """Columns of text, which may be folded."""
+    for name in names:
+        table.add_column(name, overflow="fold")
+
+
+def add_figures(table: Table, *names: str) -> None:
+    """Columns of figures, which may not."""
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def described(model: LLaDA) -> str:
+    """Name, device and dtype, for a title."""
+    threads = f" ({torch.get_num_threads()} threads)" if model.device.type == "cpu" else ""
+    return f"{model.path and model.path.name}, {model.device}{threads}, {str(model.dtype).removeprefix('torch.')}"
 
 
 def console() -> Console:

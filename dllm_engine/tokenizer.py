@@ -11,6 +11,7 @@ from dllm_engine.config import read_json
 # The names under which the LLaDA family (and Llama 3, whose template it borrows) ends a turn. A model may end an answer
 # with it before any eos token, so it ends the text; its id comes from the tokenizer.
 _END_OF_TURN = "<|eot_id|>"
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -25,28 +26,46 @@ def read_facts(directory: Path) -> TokenizerFacts:
     """Size and end ids of the tokenizer in a checkpoint directory.
 
     Raises:
-        ValueError: ``tokenizer.json`` or ``tokenizer_config.json`` cannot be read.
+        ValueError: one of the tokenizer's files cannot be read.
     """
     file = directory / "tokenizer.json"
     if not file.exists():
         if not (directory / "tokenizer_config.json").exists():
             return TokenizerFacts(None, ())
-        tokenizer = load_tokenizer(directory)  # a slow tokenizer without tokenizer.json
-        found = (tokenizer.eos_token_id, tokenizer.get_vocab().get(_END_OF_TURN))
-        return TokenizerFacts(len(tokenizer), tuple(i for i in found if i is not None))
+        return _facts_of(load_tokenizer(directory))  # a slow tokenizer without tokenizer.json
     from tokenizers import Tokenizer
 
     try:
         fast = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust side raises bare Exception
         raise ValueError(f"{file} cannot be read: {error}") from None
-    names = [_END_OF_TURN]
-    config = directory / "tokenizer_config.json"
-    if config.exists():
-        eos = read_json(config).get("eos_token")
-        names.insert(0, eos["content"] if isinstance(eos, dict) else eos or "")
-    ids = tuple(i for name in names if name and (i := fast.token_to_id(name)) is not None)
-    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), ids)
+    special = _special_tokens(directory)
+    if any(fast.token_to_id(token) is None for tokens in special.values() for token in tokens):
+        return _facts_of(load_tokenizer(directory))  # which adds them to the vocabulary
+    ids = (fast.token_to_id(token) for token in (*special.get("eos_token", ()), _END_OF_TURN))
+    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), tuple(i for i in ids if i is not None))
+
+
+def _facts_of(tokenizer: Any) -> TokenizerFacts:
+    found = (tokenizer.eos_token_id, tokenizer.get_vocab().get(_END_OF_TURN))
+    return TokenizerFacts(len(tokenizer), tuple(i for i in found if i is not None))
+
+
+def _special_tokens(directory: Path) -> dict[str, list[str]]:
+    """Those that a tokenizer's files name beside ``tokenizer.json``, by their keys: a token, or a list of them."""
+    found: dict[str, list[str]] = {}
+    for file in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):  # the later one counts
+        for key, value in (read_json(file) if file.exists() else {}).items():
+            if key in _LISTS or (key.endswith("_token") and not key.startswith(("add_", "use_"))):
+                tokens: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in _as_list(value)]
+                if not all(isinstance(token, str) for token in tokens):
+                    raise ValueError(f"{file}: {key} is {value!r}; a token's text is needed")
+                found[key] = tokens
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def load_tokenizer(directory: Path | None) -> Any:
@@ -66,23 +85,21 @@ def load_tokenizer(directory: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, trust_remote_code=False)
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: bool) -> list[int]:
-    """Token ids of a prompt; ``chat`` (or a list of messages) goes through the chat template.
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: bool | None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a text, or messages, which always go through the chat template.
+        chat: whether a text does too; None: where there is one.
 
     Raises:
         ValueError: a chat was asked for and the tokenizer has no template or that refuses the messages, or the text
             is no Unicode or gives no token.
     """
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
     if chat or not isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("chat: this model's tokenizer has no chat template; give plain text")
-        from jinja2 import TemplateError
-
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
+        text = render(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     else:
         text = prompt
     try:
@@ -96,7 +113,23 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: b
     return list(ids)
 
 
-def encode_rows(tokenizer: Any, rows: list[dict[str, Any]], *, chat: bool) -> list[list[int]]:
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Messages in the chat template, with the start of the answer.
+
+    Raises:
+        ValueError: there is no template, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: this model's tokenizer has no chat template; give plain text")
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError) as error:  # the template's own code raises any of these
+        raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
+
+
+def encode_rows(tokenizer: Any, rows: list[dict[str, Any]], *, chat: bool | None) -> list[list[int]]:
     """`encode_prompt` of rows with "prompt" or "messages".
 
     Raises:

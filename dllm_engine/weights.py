@@ -33,13 +33,15 @@ def share_(module: nn.Module, other: nn.Module, *, tied: bool) -> None:
     """Give a module made on the meta device the tensors of another one, of transformers, that is loaded.
 
     Raises:
-        ValueError: other tensors than the module needs, or of several dtypes.
+        ValueError: other tensors than the module needs, of several dtypes, or not all on one device.
     """
     given = {n.removeprefix(PREFIX): p.detach() for n, p in other.named_parameters() if n.startswith(PREFIX)}
     if tied and HEAD in given and given[HEAD].data_ptr() == given["wte.weight"].data_ptr():
         del given[HEAD]
     _match(module, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
-    floats = {t.dtype for t in given.values()}
+    floats, devices = {t.dtype for t in given.values()}, {str(t.device) for t in given.values()}
+    if len(devices) != 1 or devices == {"meta"}:
+        raise ValueError(f"model: tensors are on {', '.join(sorted(devices))}; all on one device are needed")
     if len(floats) != 1 or not floats <= set(_STORED.values()):
         raise ValueError(f"model: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
     _assign(module, given)
@@ -61,16 +63,11 @@ def addresses(module: nn.Module, prefix: str = "") -> dict[str, int]:
 
 def find(path: str | Path) -> Path:
     """Directory of a checkpoint, by path or hub id; see `LLaDA.from_pretrained`."""
-    directory = Path(path).expanduser()
-    if directory.is_dir():
+    if (directory := local(path)) is not None:
         return directory
-    if directory.exists():
-        raise ValueError(f"path: {directory} is a file; give the checkpoint's directory")
-    name = str(path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"path: no directory {directory} (and {name!r} is no hub id of the form 'owner/name')")
     from huggingface_hub import snapshot_download
 
+    name = str(path)
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]  # never *.bin, never *.py
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -78,17 +75,57 @@ def find(path: str | Path) -> Path:
         raise FileNotFoundError(f"path: no directory {name!r}, and the hub gave no such model ({error})") from error
 
 
+def loaded_from(config: Any) -> Path | None:
+    """Where transformers read a module with this config: a directory, or the hub's snapshot in the cache; None if
+    neither is there.
+    """
+    name = getattr(config, "_name_or_path", "") or ""
+    if name and Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    except ValueError:  # no name that a hub id could have
+        return None
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def local(path: str | Path, argument: str = "path") -> Path | None:
+    """The directory of this machine that is meant, or None: a hub id. Messages name the ``argument``.
+
+    Raises:
+        ValueError: a file. FileNotFoundError: neither a directory nor of the form of a hub id.
+    """
+    directory, name = Path(path).expanduser(), str(path)
+    if not name:  # which would be this directory
+        raise ValueError(f"{argument}: '' given; a checkpoint's directory or a hub id is needed")
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise ValueError(f"{argument}: {directory} is a file; give the checkpoint's directory")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{argument}: no directory {directory} (and {name!r} is no hub id of the form 'owner/name')"
+        )
+    return None
+
+
 def _shards(directory: Path) -> dict[Path, list[str] | None]:
     """Shard file -> the tensors that the index says it holds (None: no index, all that it holds)."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():  # first, as in transformers, which leaves the index of shards that were saved here before
+        return {single: None}
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: 'weight_map' is missing or empty")
         shards: dict[Path, list[str] | None] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(f"{index}: shard name {file!r} leaves the directory")
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{index}: shard name {file!r} given; the name of a file beside it is needed")
             listed = shards.setdefault(directory / file, [])
             assert listed is not None
             listed.append(name)
@@ -98,8 +135,6 @@ def _shards(directory: Path) -> dict[Path, list[str] | None]:
                 f"{directory}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing)}"
             )
         return shards
-    if single.exists():
-        return {single: None}
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
 from dllm_engine.backends import BACKENDS
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import dllm_engine
-from dllm_engine import LLaDA, cli, demo, tables, tasks
+from dllm_engine import LLaDA, cli, cli_options, tables, tasks
+from dllm_engine.built_in import DEMO_MODEL
+from dllm_engine.evaluate import Setting, run_all
 from dllm_engine.watch import Watch
 
 PROMPT = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Emma Reed"
@@ -38,6 +41,20 @@ def test_one_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--no-chat", *LENGTH)
     assert status == 0
     assert out != ANSWER + "\n"  # without its template the demo model does not know what to do
+
+
+def test_the_template_is_applied_where_there_is_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_MODEL / name, tmp_path)
+    given = ("generate", "--model", str(tmp_path), "--dtype", "float32", "--prompt", PROMPT, *LENGTH)
+    assert run(capsys, *given) == (0, ANSWER + "\n", "")
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    plain = run(capsys, "generate", "--prompt", PROMPT, "--no-chat", "--policy", "threshold", *LENGTH)
+    assert run(capsys, *given) == plain
+    assert "no chat template" in run(capsys, *given, "--chat")[2]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +135,7 @@ def test_watch_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     status, out, _ = run(capsys, "generate", "--prompt", PROMPT, "--watch", *LENGTH)
     assert status == 0
     assert ANSWER in out
+    assert out.endswith("╯\n")  # also where rich ends no line, as there is no terminal
     assert "[/b] [red]hi" in run(capsys, "generate", "--prompt", "[/b] [red]hi", "--watch", *LENGTH)[1]
     assert run(capsys, "generate", "--prompt", "", "--watch", *LENGTH)[0] == 0
     status, _, err = run(capsys, "generate", "--prompt", PROMPT, "--watch", "--json")
@@ -200,7 +218,7 @@ def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     file.write_bytes(b'{"prompt": "caf\xe9"}')
     assert "rows.jsonl: not UTF-8" in run(capsys, "generate", "--prompts", str(file))[2]
     file.write_text("\n", encoding="utf-8")
-    assert "holds no row" in run(capsys, "generate", "--prompts", str(file))[2]
+    assert "no row in it" in run(capsys, "generate", "--prompts", str(file))[2]
 
 
 def test_a_terminal_gets_answers_without_a_bar_between(
@@ -256,7 +274,7 @@ def test_failures_are_one_line(
     def fail(args: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_model", fail)
+    monkeypatch.setattr(cli_options, "load", fail)
     assert run(capsys, "generate", "--prompt", "x") == (1, "", f"dllm-engine generate: {error}\n")
 
 
@@ -275,8 +293,22 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     def interrupted(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_model", interrupted)
+    monkeypatch.setattr(cli_options, "load", interrupted)
     assert run(capsys, "generate", "--prompt", "x")[0] == 130
+
+
+def test_info_tells_what_is_wrong_with_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DLLM_BACKEND", "foo")
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    assert "DLLM_BACKEND: 'foo' given; known: auto" in out
+
+
+def test_no_name_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "generate", "--model", "", "--prompt", PROMPT)
+    assert (status, "path: '' given" in err) == (2, True)
 
 
 def test_info_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,17 +368,17 @@ def test_demo_on_published_files(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert status == 2
     assert "copy.jsonl, line 1: not a published row of task 'copy'" in err
     files[0].write_text("", encoding="utf-8")
-    assert "no item in it" in run(capsys, "demo", "--data", str(files[0]))[2]
+    assert "no row in it" in run(capsys, "demo", "--data", str(files[0]))[2]
 
 
 def test_the_demo_model_is_small_and_as_good_as_it_says(demo_model: LLaDA) -> None:
-    assert sum(file.stat().st_size for file in demo.DEMO_MODEL.iterdir()) < 8e6
-    about = json.loads((demo.DEMO_MODEL / "accuracy.json").read_text(encoding="utf-8"))
+    assert sum(file.stat().st_size for file in DEMO_MODEL.iterdir()) < 8e6
+    about = json.loads((DEMO_MODEL / "accuracy.json").read_text(encoding="utf-8"))
     assert min(about["accuracy"]["copy"], about["accuracy"]["reverse"]) >= 0.9
     rng = random.Random(2024)
     samples = [tasks.generate(task, rng) for task in ("copy", "reverse") for _ in range(25)]
-    tally = demo.measure(demo_model, samples, demo.Way("", "topk", "none"), 32)
-    assert sum(tally.right) >= 41  # 41 of 50 or fewer happens with a chance of 0.5 % where 90 % is true
+    rows = run_all(demo_model, samples, [Setting("topk", "none", gen_length=32)])[0]
+    assert sum(row.right for row in rows) >= 41  # 41 of 50 or fewer happens with a chance of 0.5 % where 90 % is true
 
 
 _WITHOUT = """

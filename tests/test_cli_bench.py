@@ -112,4 +112,4 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str],
 def test_a_file_without_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     assert main(["bench", "--prompts", str(tmp_path / "empty.jsonl")]) == 2
-    assert "empty.jsonl holds no row" in capsys.readouterr().err
+    assert "empty.jsonl: no row in it" in capsys.readouterr().err

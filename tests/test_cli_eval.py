@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from test_evaluate import Calls, fresh
 
-from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, evaluate, samples, tasks
-from dllm_engine.demo import DEMO_MODEL, trained_tasks
+from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, cli_options, evaluate, samples, tasks
+from dllm_engine.built_in import DEMO_MODEL, trained_tasks
 from dllm_engine.evaluate import Row, Setting
 
 FILTER = DEMO_MODEL / "filter.safetensors"
@@ -31,7 +31,7 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], demo_model: LLaDA, tmp_path: Path
 ) -> Command:
     """Runs ``dllm-engine eval`` in an empty directory: status, stdout (read as JSON where it is), stderr."""
-    monkeypatch.setattr(cli, "_model", lambda args: demo_model)
+    monkeypatch.setattr(cli_options, "load", lambda args: demo_model)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, Any, str]:
@@ -220,7 +220,7 @@ def test_what_needs_no_model_is_checked_before_it_is_loaded(
     if arguments[0] == "--plot":
         pytest.importorskip("matplotlib")
     Path("file").write_text("")
-    monkeypatch.setattr(cli, "_model", None)
+    monkeypatch.setattr(cli_options, "load", None)
     status, _, err = command(*arguments)
     assert status == 2
     assert message in err
@@ -290,10 +290,11 @@ def test_errors_come_before_the_first_pass(
 def test_a_model_that_does_not_say_what_it_learned(
     command: Command, monkeypatch: pytest.MonkeyPatch, golden_model: LLaDA
 ) -> None:
-    monkeypatch.setattr(cli, "_model", lambda args: golden_model)
+    monkeypatch.setattr(cli_options, "load", lambda args: golden_model)
     status, _, err = command()
     assert status == 2
-    assert "has no accuracy.json that tells what the model learned; --data FILE.jsonl or some of copy" in err
+    assert "has no accuracy.json that tells which of our tasks it learned" in err
+    assert "--data FILE.jsonl" in err
 
 
 def test_a_broken_accuracy_file_is_named(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from conftest import eight_b_in_miniature
 
 from dllm_engine import LearnedFilter, LLaDA, cli, decode
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.filter import model_ids
 from dllm_engine.tokenizer import answer_text, encode_prompt
 
@@ -47,8 +47,8 @@ SUBSTITUTIONS = {
     "--prompts 200": "--prompts 2",
     "--prompts 600": "--prompts 4",
     "--prompts 50": "--prompts 2",
-    "--chat --prompt": "--gen-length 32 --chat --prompt",  # random weights never end a text
-    "--chat --prompts": "--gen-length 32 --chat --prompts",
+    "LLaDA-8B-Instruct --prompt": "LLaDA-8B-Instruct --gen-length 32 --prompt",  # random weights never end a text
+    "learn2pd=filter --prompt": "learn2pd=filter --gen-length 32 --prompt",
     "bench --model": "bench --count 1 --turns 1 --gen-length 32 --model",
     "--benchmark gsm8k": "--benchmark gsm8k --gen-length 32",
     "train-filter --model": "train-filter --epochs 2 --risk 0.9 --gen-length 32 --model",

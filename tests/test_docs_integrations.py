@@ -16,7 +16,7 @@ import pytest
 from test_generate import LikeTransformers
 
 from dllm_engine import LLaDA, cli
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 # What needs a download or a GPU is put in small; everything else is run as it stands.

@@ -14,7 +14,7 @@ from conftest import ending_model
 from test_generate import LikeTransformers
 
 from dllm_engine import Engine, LLaDA, cli, decode, evaluate, generation_config, tasks
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 
 PROMPT = "Reverse: 0 Alan Wells, 1 Grace Wright, 2 Emma Reed"
 LLADA_8B = {"_from_model_config": True, "bos_token_id": 126080, "eos_token_id": 126081, "pad_token_id": 126081}

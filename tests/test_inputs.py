@@ -62,7 +62,13 @@ def model() -> LLaDA:
         ({"input_ids": [["a"]]}, TypeError, "input_ids: prompt 0 holds something other than ints"),
         ({"input_ids": [[3, True]]}, TypeError, "input_ids: prompt 0 holds something other than ints"),
         ({"input_ids": "hello"}, TypeError, "input_ids: str given; a LongTensor"),
-        ({"input_ids": [1, 2]}, TypeError, "input_ids: list given; a LongTensor"),
+        ({"input_ids": [1, 2]}, TypeError, "input_ids: a list of int given; a LongTensor"),
+        ({"input_ids": [b"abc"]}, TypeError, "input_ids: a list of bytes given; a LongTensor"),
+        ({"input_ids": [{"input_ids": [1]}]}, TypeError, "input_ids: a list of dict given; .* its 'input_ids'"),
+        ({"input_ids": {"input_ids": [[1]]}}, TypeError, "input_ids: a dict given; its own 'input_ids' are needed"),
+        ({"input_ids": np.ones((1, 2))}, TypeError, "input_ids: ndarray given; a LongTensor"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long).to_sparse()}, TypeError, "a dense one with values"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")}, TypeError, "a dense one with values"),
         ({"input_ids": [[2**70]]}, ValueError, "input_ids: an id does not fit 64 bits"),
         ({"input_ids": [[64]]}, ValueError, "input_ids: id 64 given; the model has ids 0 to 63"),
         ({"input_ids": [[-1]]}, ValueError, "input_ids: id -1 given; the model has ids 0 to 63"),
@@ -145,7 +151,8 @@ def test_a_module_that_is_no_model(model: LLaDA) -> None:
 def test_prompts_may_be_tensors_and_hold_integers_of_numpy() -> None:
     made, prompts = tiny_model(), [[5, 3], [7, 8, 9]]
     expected = decode(made, prompts, gen_length=8, block_length=8).sequences
-    for same in ([torch.tensor(p) for p in prompts], [list(np.array(p)) for p in prompts]):
+    array = [np.array(p, dtype=np.int32) for p in prompts]
+    for same in ([torch.tensor(p) for p in prompts], [list(p) for p in array], array):
         assert torch.equal(decode(made, same, gen_length=8, block_length=8).sequences, expected)
     with pytest.raises(TypeError, match="prompt 1 holds something other than ints"):
         decode(made, [[5], torch.tensor([0.5])], gen_length=8, block_length=8)
@@ -154,3 +161,26 @@ def test_prompts_may_be_tensors_and_hold_integers_of_numpy() -> None:
 def test_a_model_in_float64_is_named() -> None:
     with pytest.raises(TypeError, match="model: weights of torch.float64 given; float32, bfloat16 or float16"):
         decode(tiny_model().double(), [[5]], gen_length=8, block_length=8)
+
+
+def test_a_batch_may_be_an_array() -> None:
+    made, prompts = tiny_model(), [[5, 3], [7, 8]]
+    expected = decode(made, prompts, gen_length=8, block_length=8).sequences
+    assert torch.equal(decode(made, np.array(prompts), gen_length=8, block_length=8).sequences, expected)
+
+
+def test_weights_that_no_call_could_multiply() -> None:
+    """Before the first pass: torch's own messages come from inside a layer, or are of its meta device."""
+    norm, half, nowhere, away = (tiny_model() for _ in range(4))
+    norm.blocks[1].attn_norm.bfloat16()
+    half.wte.bfloat16()
+    nowhere.to("meta")
+    away.blocks[1].to("meta")
+    for model, error, message in (
+        (norm, TypeError, "model: weights of torch.bfloat16, torch.float32 given; layers need one dtype"),
+        (half, TypeError, "layers need one dtype"),
+        (nowhere, ValueError, "model: weights on meta; all on one device are needed"),
+        (away, ValueError, "model: weights on cpu, meta; all on one device"),
+    ):
+        with pytest.raises(error, match=message):
+            decode(model, [[4, 5]], gen_length=8, block_length=8)

@@ -152,8 +152,8 @@ def test_targets_that_just_fit_and_settings_beside_the_model() -> None:
     [
         ([], {}, "targets: 4 + 0 tokens given in request 0; a target of at least 1"),
         ([3] * 5000, {}, "4 + 5000 tokens given"),
-        ([64], {}, "targets: request 0 holds an id outside 0 to 63"),
-        ([-1], {}, "an id outside"),
+        ([64], {}, "targets: request 0: id 64 given; the model has ids 0 to 63"),
+        ([-1], {}, "request 0: id -1 given"),
         ([3], {"samples": 0}, "samples: 0 given; at least 1 is needed"),
         ([3], {"batch_size": 0}, "batch_size: 0 given"),
         ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; a finite number ≥ 0"),

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from dllm_engine import LLaDA, decode, likelihood
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.integrations.lm_eval import DLLMEngine
 from dllm_engine.tokenizer import encode_prompt
 

@@ -131,7 +131,7 @@ def answer_and_info(environment: dict[str, str], elsewhere: Path) -> dict[str, A
     assert run("dllm-engine", "generate", "--prompt", question, "--gen-length", "32").strip() == right
     script = f"""
 import dllm_engine, dllm_engine.kernels
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.tokenizer import answer_text, encode_prompt
 model = dllm_engine.LLaDA.from_pretrained(DEMO_MODEL, device="cpu")
 prompt = encode_prompt(model.tokenizer, {question!r}, chat=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ending_model, tiny_model
 
-from dllm_engine import Engine, LLaDA, cli_eval, decode, policies
+from dllm_engine import Engine, LLaDA, cli_options, decode, policies
 from dllm_engine.policies import (
     CAD,
     Entropy,
@@ -141,7 +141,7 @@ def test_the_page_lists_what_a_rule_sees() -> None:
 def test_names_and_texts() -> None:
     for name, rule in policies.RULES.items():
         assert rule.name == name
-        assert name in cli_eval.POLICY_FORMS
+        assert name in cli_options.POLICY_FORMS
         parameters = inspect.signature(rule).parameters.values()
         if name != "learn2pd":
             assert all(p.default is not p.empty for p in parameters), f"{name} by its name alone"

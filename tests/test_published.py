@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dllm_engine import LLaDA, cli, evaluate, published
+from dllm_engine import LLaDA, cli, cli_options, evaluate, published
 from dllm_engine.decode import decode
 from dllm_engine.published import final_number, parse_list
 from dllm_engine.samples import is_right
@@ -242,7 +242,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         calls.append(arguments)
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(cli, "_model", lambda args: demo_model)
+    monkeypatch.setattr(cli_options, "load", lambda args: demo_model)
     monkeypatch.setattr(evaluate, "decode", counted)
 
     def run(*arguments: str) -> tuple[int, Any, str, int]:
@@ -315,7 +315,7 @@ GOOD = {"question": "?", "answer": "#### 1"}
         ("--benchmark parallelbench --data data --no-chat", "--no-chat: the questions of a benchmark"),
         ("--benchmark gsm8k --tasks copy --data g.jsonl", "not allowed with argument"),
         ("--benchmark gsm8k --data g.jsonl", 'g.jsonl, line 2: {"question": str, "answer": "… #### NUMBER"} is needed'),
-        ("--benchmark gsm8k --data none.jsonl", "none.jsonl: no item in it"),
+        ("--benchmark gsm8k --data none.jsonl", "none.jsonl: no row in it"),
     ],
 )
 def test_errors_come_before_the_first_pass(

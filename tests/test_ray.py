@@ -193,7 +193,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (("--policy", "topk=3", "--gen-length", "128"), "tokens a step must divide gen_length 128"),
         (("--cache", "triple"), "cache: 'triple' given"),
         (("--end-of-text", "soon"), "end_of_text: 'soon' given"),
-        (("--model", "./nowhere"), "model: no directory ./nowhere"),
+        (("--model", "./nowhere"), "model: no directory nowhere (and './nowhere' is no hub id"),
         (("--seed", "-1"), "seed: -1 given"),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serving import Served, serving
 
 from dllm_engine import LearnedFilter, LLaDA
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.integrations.serve_errors import ApiError
 from dllm_engine.integrations.serve_protocol import CompletionRequest
 from dllm_engine.integrations.serve_settings import Planner, Settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,9 +66,50 @@ def test_size_and_ends_count_added_tokens(directory: Path, tmp_path: Path, monke
     assert read_facts(tmp_path) == facts
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("tokenizer_config.json", "eos_token", "[stop]"),
+        ("tokenizer_config.json", "sep_token", {"__type": "AddedToken", "content": "[sep]"}),
+        ("tokenizer_config.json", "additional_special_tokens", ["[a]", "world", "[b]"]),
+        ("special_tokens_map.json", "eos_token", "hello"),
+    ],
+)
+def test_special_tokens_are_those_that_transformers_finds(
+    directory: Path, tmp_path: Path, file: str, key: str, value: Any
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if key == "eos_token":
+        del config[key]
+    named = (config if file == "tokenizer_config.json" else {}) | {key: value}
+    for name, content in (("tokenizer_config.json", config), (file, named)):
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    facts, real = read_facts(tmp_path), load_tokenizer(tmp_path)
+    assert (facts.size, facts.end_ids) == (len(real), (real.eos_token_id, TURN))
+
+
+def test_a_special_token_that_is_no_text_is_named(directory: Path, tmp_path: Path) -> None:
+    shutil.copy(directory / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 7}', encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer_config.json: eos_token is 7; a token's text is needed"):
+        read_facts(tmp_path)
+
+
+def test_a_template_that_fails_is_named(loaded: Any) -> None:
+    template, loaded.chat_template = loaded.chat_template, "{{ 'a' + 1 }}"
+    try:
+        with pytest.raises(ValueError, match="messages: the model's chat template refuses them: can only concatenate"):
+            encode_prompt(loaded, "hello", chat=True)
+    finally:
+        loaded.chat_template = template
+
+
 def test_a_text_and_a_chat_have_one_start_token(loaded: Any) -> None:
     assert encode_prompt(loaded, "hello world", chat=False) == [START, HELLO, WORLD]
-    assert encode_prompt(loaded, "hello", chat=True) == [START, HELLO, WORLD]
+    assert (
+        encode_prompt(loaded, "hello", chat=True) == encode_prompt(loaded, "hello", chat=None) == [START, HELLO, WORLD]
+    )
     assert encode_prompt(loaded, [{"role": "user", "content": "world"}], chat=False) == [START, WORLD, WORLD]
 
 

@@ -374,7 +374,7 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     few.write_text('{"prompt": "Copy: 0 Alan Wells"}\n' * 3)
     assert "--prompts: 3 given; at least 10" in error("--prompts", str(few))
     few.write_text("")
-    assert "--prompts: 0 given; at least 10" in error("--prompts", str(few))
+    assert "few.jsonl: no row in it" in error("--prompts", str(few))
     few.write_text('{"text": "Copy"}\n')
     assert 'few.jsonl, line 1: {"prompt": str}' in error("--prompts", str(few))
     assert not (tmp_path / "out").exists()

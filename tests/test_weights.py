@@ -16,7 +16,7 @@ from conftest import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from dllm_engine import LLaDA, LLaDAConfig, decode
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.tokenizer import read_facts
 
 PREFIX = "model.transformer."
@@ -169,6 +169,10 @@ def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path
     (directory / "generation_config.json").write_text('{"eos_token_id": 64}', encoding="utf-8")
     with pytest.raises(ValueError, match="end id 64 .* outside the 64 rows"):
         LLaDA.from_pretrained(directory)
+    mask = json.loads((directory / "config.json").read_text(encoding="utf-8"))["mask_token_id"]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [mask]}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"end id {mask} .* is the mask id"):
+        LLaDA.from_pretrained(directory)
     assert demo_model.end_ids == (1, 4)  # <|endoftext|> and <|eot_id|>
     assert demo_model.vocab_size == len(demo_model.tokenizer)
 
@@ -181,6 +185,11 @@ def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path
         ({"d_model": None}, "key 'd_model' is missing"),
         ({"rms_norm_eps": None}, "key 'rms_norm_eps' is missing"),
         ({"weight_tying": None}, "key 'weight_tying' is missing"),
+        ({"weight_tying": "false"}, "weight_tying is 'false'; true or false is needed"),
+        ({"include_qkv_bias": "false"}, "include_qkv_bias is 'false'; true or false is needed"),
+        ({"num_experts": 64, "d_model": None}, "num_experts is 64; mixtures of experts are not supported"),
+        ({"rope_theta": 0}, "rope_theta is 0.0, rms_norm_eps 1e-05; above 0 and at least 0 are needed"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps -1.0; above 0 and at least 0"),
         ({"eos_token_id": None}, "key 'eos_token_id' is missing"),
         ({"alibi": True}, "alibi is True; supported: False"),
         ({"activation_type": "gelu"}, "activation_type is 'gelu'; supported: 'silu' or 'swiglu'"),
@@ -227,7 +236,7 @@ def test_file_errors(checkpoint: Path, tmp_path: Path) -> None:
         LLaDA.from_pretrained(checkpoint)
     index = checkpoint / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"x": "../elsewhere.safetensors"}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="shard name '../elsewhere.safetensors' leaves the directory"):
+    with pytest.raises(ValueError, match="shard name '../elsewhere.safetensors' given; the name of a file beside it"):
         LLaDA.from_pretrained(checkpoint)
     index.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="'weight_map' is missing or empty"):
@@ -249,9 +258,22 @@ def test_only_what_the_index_lists_is_read(checkpoint: Path) -> None:
     assert torch.equal(LLaDA.from_pretrained(checkpoint, device="cpu")(IDS), tiny_model()(IDS))
 
 
+def test_a_whole_file_counts_before_an_index(checkpoint: Path) -> None:
+    """Transformers saves the one over the shards of the other, and leaves the index, as it leaves no shard or all."""
+    old = {name: tensor + 1 for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    index = {"weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for is_there in (False, True):
+        if is_there:
+            save_file(old, checkpoint / "model-00001-of-00001.safetensors")
+        assert torch.equal(LLaDA.from_pretrained(checkpoint, device="cpu")(IDS), tiny_model()(IDS))
+
+
 def test_an_index_that_promises_too_much(checkpoint: Path) -> None:
-    names = [*load_file(checkpoint / "model.safetensors"), PREFIX + "blocks.9.q_proj.weight"]
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    tensors = checkpoint / "model.safetensors"
+    names = [*load_file(tensors), PREFIX + "blocks.9.q_proj.weight"]
+    tensors.rename(checkpoint / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "one.safetensors")}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ValueError, match=r"promises .*blocks.9.q_proj.weight .* but it is not in the shard"):
         LLaDA.from_pretrained(checkpoint)

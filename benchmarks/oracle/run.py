@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from dllm_engine import LearnedFilter, decode, policies
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.evaluate import wilson
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText

@@ -13,10 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_engine import checks, likelihood
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine import built_in, checks, likelihood
 from dllm_engine.engine import Engine
-from dllm_engine.model import LLaDA
 from dllm_engine.options import DEFAULTS, Options, default
 
 try:
@@ -87,8 +85,7 @@ class DLLMEngine(TemplateLM):
         length = 1 if max_length is None else max_length
         for name, value in (("batch_size", batch_size), ("mc_num", mc_num), ("max_length", length)):
             checks.check_count(name, int(value) if str(value).isdigit() else value)
-        path, dtype = (DEMO_MODEL, dtype or "float32") if pretrained == "demo" else (pretrained, dtype)
-        self.model = LLaDA.from_pretrained(path, device=device, dtype=dtype)
+        self.model = built_in.load(None if pretrained == "demo" else pretrained, device, dtype)
         self.tokenizer, self._device = self.model.tokenizer, self.model.device
         self.batch_size, self.mc_num, self.is_check_greedy = int(batch_size), int(mc_num), is_check_greedy
         longest = self.model.config.max_sequence_length

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dllm_engine import checks, inputs
-from dllm_engine.demo import DEMO_MODEL
+from dllm_engine import built_in, checks, inputs, weights
 from dllm_engine.engine import Engine
-from dllm_engine.model import LLaDA
 from dllm_engine.options import DEFAULTS, default
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache
@@ -48,7 +45,7 @@ def decode_dataset(
         workers: actors, each with a model of its own. batch_size: prompts at once in one.
         rows_per_task: rows that an actor takes at a time, and loses if it dies.
         seed: None draws one.
-        chat: put prompts through the chat template; by default only for the built-in model. Messages always are.
+        chat: put prompts through the chat template; by default where the model has one. Messages always are.
         device, dtype: as for `LLaDA.from_pretrained`; for the built-in model float32.
         cpus_per_worker: also its threads. What reads ``ds`` needs a CPU that no worker holds, or Ray waits for ever.
         gpus_per_worker: by default 1 where the cluster has GPUs and ``device`` is not "cpu".
@@ -80,7 +77,7 @@ def decode_dataset(
             "model": absolute(model),
             "batch_size": batch_size,
             "seed": checks.check_seeds(seed, 1)[0],
-            "chat": chat if chat is not None else model is None,
+            "chat": chat,
             "device": device,
             "dtype": dtype,
             "options": options,
@@ -103,19 +100,13 @@ class _Worker:
         model: str | Path | None,
         batch_size: int,
         seed: int,
-        chat: bool,
+        chat: bool | None,
         device: str | None,
         dtype: str | None,
         options: dict[str, Any],
     ) -> None:
-        dtype = dtype or ("float32" if model is None else None)
-        self._model = LLaDA.from_pretrained(DEMO_MODEL if model is None else model, device=device, dtype=dtype)
+        self._model = built_in.load(model, device, dtype)
         options = {"gen_length": default(self._model, "gen_length")} | options
-        text = options.get("policy")
-        if isinstance(text, PolicyText):
-            options["policy"] = text.make(self._model)
-            if text.is_schedule:
-                options["steps"] = text.steps(options["gen_length"], options.get("steps"))
         self._options, self._batch_size, self._seed, self._chat = options, batch_size, seed, chat
         self._engine: Engine | None = None
 
@@ -158,13 +149,12 @@ def absolute(model: str | Path | None) -> str | None:
     """A directory's full path, for a worker may run elsewhere; else a hub id.
 
     Raises:
-        FileNotFoundError: neither.
+        ValueError, FileNotFoundError: neither.
     """
-    if model is None or Path(model).is_dir():
-        return None if model is None else str(Path(model).resolve())
-    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model: no directory {model}, and it is no hub id of the form 'owner/name'")
-    return str(model)
+    if model is None:
+        return None
+    directory = weights.local(model, "model")
+    return str(model) if directory is None else str(directory.resolve())
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +169,9 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         text = PolicyText.parse(every["policy"])
         if "gen_length" in given:  # else the model may have its own
             text.steps(given["gen_length"], given.get("steps"), block_length=given.get("block_length"))
-        if "policy" in given:
-            given["policy"] = replace(text, file=text.file and str(Path(text.file).resolve()))
+        if text.file is not None:  # the worker runs elsewhere
+            threshold = "" if text.value is None else f"@{text.value}"
+            given["policy"] = f"learn2pd={Path(text.file).resolve()}{threshold}"
     return given
 
 

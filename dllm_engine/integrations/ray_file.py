@@ -72,7 +72,7 @@ def decode_file(
     began = time.perf_counter()
     checks.check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
     checked(options)
-    model, chat = absolute(model), chat if chat is not None else model is None
+    model = absolute(model)
     how: dict[str, Any] = {"chat": chat, "device": device, "dtype": dtype, **options}
     held = {"model": model, "rows_per_task": rows_per_task, **dict.fromkeys(DEFAULTS), **how}
     if unwritable := [name for name, value in held.items() if not isinstance(value, str | int | float | None)]:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dllm_engine import checks, generation_config, policies
+from dllm_engine import checks, generation_config, inputs, policies
 from dllm_engine.integrations.serve_errors import ApiError, refused
 from dllm_engine.integrations.serve_protocol import ChatRequest, Request
 from dllm_engine.integrations.serve_text import Answer
@@ -162,9 +162,10 @@ class Planner:
                 param=param,
                 code="context_length_exceeded",
             )
-        rows = self.model.config.embedding_size
-        if not 0 <= min(prompt) <= max(prompt) < rows:
-            raise ApiError(400, f"{param}: the model has ids 0 to {rows - 1}", param=param, code="invalid_value")
+        try:
+            inputs.check_ids(self.model, prompt, param)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from None
 
     def _options(self, request: Request, gen_length: int) -> Options:
         """Those of the request's group, the same object for all of it."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from dllm_engine.model import LLaDA
-from dllm_engine.tokenizer import encode_prompt
+from dllm_engine.tokenizer import encode_prompt, render
 
 
 class PromptEncoder:
@@ -55,15 +55,10 @@ class PromptEncoder:
         Raises:
             ValueError: the tokenizer has no template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
-
         with self._lock:
-            try:
-                if all(self._reads_as_text(message["content"]) for message in messages):
-                    return encode_prompt(self._tokenizer, messages, chat=True)
-                return self._chat_in_parts(messages)
-            except TemplateError as error:
-                raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
+            if all(self._reads_as_text(message["content"]) for message in messages):
+                return encode_prompt(self._tokenizer, messages, chat=True)
+            return self._chat_in_parts(messages)
 
     def _reads_as_text(self, text: str) -> bool:
         read = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -81,7 +76,7 @@ class PromptEncoder:
             return f"\ue000{key}.{len(hidden) - 1}\ue001"
 
         shown = [message | {"content": self._spelled.sub(hide, message["content"])} for message in messages]
-        rendered = self._tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+        rendered = render(self._tokenizer, shown)
         ids: list[int] = []
         for i, part in enumerate(self._spelled.split(rendered)):
             if i % 2:

@@ -8,9 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dllm_engine import checks
-from dllm_engine.jsonl import numbered
-from dllm_engine.samples import COLUMNS, check_columns, prompt_rows
+from dllm_engine import checks, jsonl
+from dllm_engine.samples import COLUMNS, check_columns, read_prompts
 
 SETTINGS_FILE = "settings.json"
 
@@ -36,10 +35,7 @@ class Shards:
             ValueError: a bad row in it, or ``output`` holds results of other settings or rows.
         """
         self._prompts, self._output, self._size = Path(prompts), Path(output), rows_per_task
-        with open(prompts, encoding="utf-8") as file:
-            self.rows = list(prompt_rows(file, str(prompts)))
-        if not self.rows:
-            raise ValueError(f"prompts: {prompts} holds no row")
+        self.rows = read_prompts(prompts)
         check_columns(self.rows, str(prompts))
         self._settings = self._settle(seed, {"rows_per_task": rows_per_task} | settings)
         firsts = range(0, len(self.rows), rows_per_task)
@@ -82,8 +78,7 @@ class Shards:
         file, part = self._file(first), self._part(first)
         if not file.exists():
             return False
-        with open(file, encoding="utf-8") as lines:
-            held = [row for _, row in numbered(lines, str(file))]
+        held = [row for _, row in jsonl.read(file)]
         asked = [{name: row[name] for name in row if name not in COLUMNS} for row in held]
         if asked != part[: len(asked)]:
             raise ValueError(
