@@ -82,6 +82,8 @@ class LLaDAConfig:
         """
         if raw.get("model_type") != "llada":
             raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' checkpoints")
+        if raw.get("num_experts"):
+            raise ValueError(f"{source}: num_experts is {raw['num_experts']!r}; mixtures of experts are not supported")
         for key, allowed in _FIXED.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
@@ -101,6 +103,11 @@ class LLaDAConfig:
                 raise ValueError(f"{source}: {key} is {value!r}; a number is needed")
             return float(value)
 
+        def flag(key: str, value: Any) -> bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{source}: {key} is {value!r}; true or false is needed")
+            return value
+
         d_model, n_heads = count("d_model"), count("n_heads")
         vocab_size = count("vocab_size")
         config = cls(
@@ -118,8 +125,8 @@ class LLaDAConfig:
             eos_token_ids=id_list(need("eos_token_id"), "eos_token_id", source),
             rms_norm_eps=real("rms_norm_eps"),
             rope_theta=real("rope_theta"),
-            weight_tying=bool(need("weight_tying")),
-            include_qkv_bias=bool(raw.get("include_qkv_bias")),
+            weight_tying=flag("weight_tying", need("weight_tying")),
+            include_qkv_bias=flag("include_qkv_bias", raw.get("include_qkv_bias") or False),
         )
         config._check(source)
         return config
@@ -128,6 +135,11 @@ class LLaDAConfig:
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{source}: {name} is {getattr(self, name)}; it must be at least 1")
+        if not self.rope_theta > 0 or not self.rms_norm_eps >= 0:
+            raise ValueError(
+                f"{source}: rope_theta is {self.rope_theta}, rms_norm_eps {self.rms_norm_eps};"
+                " above 0 and at least 0 are needed"
+            )
         if self.d_model % self.n_heads or self.head_dim % 2:
             raise ValueError(
                 f"{source}: d_model {self.d_model} over n_heads {self.n_heads} must be a whole, even head size"

@@ -45,8 +45,8 @@ def decode(
 
     Args:
         model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM`` (its tensors are shared).
-        input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints
-            or of tensors [P].
+        input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints,
+            of tensors [P] or of numpy's arrays.
         gen_length: tokens to generate, a multiple of ``block_length`` (128).
         block_length: tokens of a block (32).
         steps: total steps of LLaDA's static schedule; without it one position a step is guaranteed.

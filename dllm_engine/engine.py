@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dllm_engine import checks, continuous, inputs, weights
 from dllm_engine.buffers import Buffers
+from dllm_engine.config import LLaDAConfig
 from dllm_engine.continuous import Scheduler
 from dllm_engine.kv_cache import KVCache
 from dllm_engine.loop import Loop
@@ -28,6 +30,15 @@ from dllm_engine.uncompiled import uncompiled
 
 _KEEPING = threading.Lock()
 _KEPT: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+_OPEN: weakref.WeakSet[Iterator[Generated]] = weakref.WeakSet()  # iterators that nobody may have finished
+
+
+@atexit.register
+def _close_iterators() -> None:
+    """Before the interpreter takes away what their own end needs."""
+    for results in [*_OPEN]:
+        with suppress(ValueError):  # one that another thread is in
+            results.close()  # type: ignore[attr-defined]
 
 
 class Engine:
@@ -58,6 +69,7 @@ class Engine:
         """
         checks.check_counts(max_batch=max_batch, max_length=max_length)
         loaded = model if isinstance(model, LLaDA) else LLaDA.from_transformers(model)
+        loaded.check_weights()
         resolve_backend(backend, loaded, 0.0)
         self.cache: Cache | None = Cache.of(default(loaded, "cache") if cache is None else cache)
         self.max_batch, self.max_length, self.backend = max_batch, max_length, backend
@@ -93,8 +105,13 @@ class Engine:
         return model
 
     def _is_of(self, model: nn.Module) -> bool:
-        """Whether a module's tensors are those of this engine's model."""
-        return model is self.model or weights.addresses(model, weights.PREFIX) == weights.addresses(self.model)
+        """Whether a module's tensors are those of this engine's model, and so are its sizes and ids."""
+        if model is self.model:
+            return True
+        if weights.addresses(model, weights.PREFIX) != weights.addresses(self.model):
+            return False
+        config: Any = model.config
+        return LLaDAConfig.from_dict(config.to_dict(), "model.config") == self.model.config
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +266,9 @@ class Engine:
             raise TypeError(f"prompts: {type(prompts).__name__} given; an iterable of lists of ints is needed")
         if streamer is not None and not callable(streamer):
             raise TypeError(f"streamer: {type(streamer).__name__} given; generate_many takes a callable")
-        return self._many(prompts, options, checks.seeds_of(seed), streamer, progress)
+        results = self._many(prompts, options, checks.seeds_of(seed), streamer, progress)
+        _OPEN.add(results)
+        return results
 
     @torch.inference_mode()
     def _many(
@@ -308,22 +327,26 @@ class Engine:
     @contextmanager
     def _lent(self) -> Iterator[Buffers]:
         """The buffers, to one user at a time."""
-        with self._lock:
-            if self._buffers is None:
-                raise RuntimeError("this engine is closed")
-            if self._busy:
-                raise RuntimeError(
-                    "this engine is busy: finish or close the iterator of generate_many first; a streamer cannot call "
-                    "the engine that calls it"
-                )
-            if self._buffers.device != self.model.device:  # the model was moved
-                self._buffers = Buffers(self.model.device)
-            self._busy, buffers = True, self._buffers
+        mine = False
         try:
+            with self._lock:
+                if self._buffers is None:
+                    raise RuntimeError("this engine is closed")
+                if self._busy:
+                    raise RuntimeError(
+                        "this engine is busy: finish or close the iterator of generate_many first; a streamer cannot"
+                        " call the engine that calls it"
+                    )
+                if self._buffers.device != self.model.device:  # the model was moved
+                    self._buffers = Buffers(self.model.device)
+                buffers = self._buffers
+                mine = self._busy = True  # in this order: an interrupt may come between any two
             yield buffers
         except BaseException:  # also an iterator closed early: keys of the last step may be NaN
-            with torch.inference_mode():
-                buffers.zero()
+            if mine:
+                with torch.inference_mode():
+                    buffers.zero()
             raise
         finally:
-            self._busy = False
+            if mine:
+                self._busy = False

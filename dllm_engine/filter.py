@@ -40,6 +40,7 @@ class LearnedFilter(nn.Module):
         ids: mask id, end ids and vocabulary size of the model it was trained on; empty if unknown.
         cache: cache mode of its training traces, or None.
         about: further facts stored in the file, JSON values: training data, validation figures.
+        forced: whether `check` lets pass that it was trained for a model with other ids.
     """
 
     def __init__(
@@ -100,14 +101,14 @@ class LearnedFilter(nn.Module):
                 raise ValueError(f"filter: trained for a model with {key} {value}, this one has {current[key]}")
         if self.cache is not None and self.cache != cache:
             warnings.warn(
-                f"the filter was trained on cache {self.cache!r} traces, decoding with {cache!r}", stacklevel=5
+                f"the filter was trained on cache {self.cache!r} traces, decoding with {cache!r}", stacklevel=2
             )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``filter.safetensors`` into a directory, or to a ``.safetensors`` file; directories are made."""
         from safetensors.torch import save_file
 
-        target = Path(path)
+        target = Path(path).expanduser()
         if target.suffix != ".safetensors":
             target = target / FILTER_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ class LearnedFilter(nn.Module):
         Raises:
             FileNotFoundError: nothing there. ValueError: not a filter, or no metadata and not ``force``.
         """
-        file = Path(path)
+        file = Path(path).expanduser()
         if file.is_dir():
             file = file / FILTER_FILE
         if not file.exists():
@@ -144,7 +145,8 @@ class LearnedFilter(nn.Module):
         tensors, about = _read(file)
         if about is None and not force:
             raise ValueError(
-                f"filter: {file} does not say which model and block length it is for; force=True to use it"
+                f"filter: {file} does not say which model and block length it is for;"
+                " LearnedFilter.from_pretrained(file, force=True) takes it all the same"
             )
         about = about or {}
         kind = about.get("kind", "block")

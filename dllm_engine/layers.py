@@ -96,6 +96,8 @@ def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
 
 
 class Block(nn.Module):
+    """A layer: attention over all keys that are seen, then a gated MLP, each with RMSNorm before and a sum behind."""
+
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
@@ -129,6 +131,16 @@ class Block(nn.Module):
         cache: LayerCache | None,
         joined: Joined | None = None,
     ) -> Tensor:
+        """The residual stream [B, S, D] behind the layer.
+
+        Args:
+            x: [B, S, D] before it.
+            cos, sin: of `LLaDA.rope_tables`, for the columns computed.
+            seen: what is added to scores, broadcastable to [B, 1, S, K]; or each sequence's first key and the end
+                of its keys, int32 [B] each, for the attention kernel; None: all keys are seen.
+            cache: where keys and values are written and read; None: those of ``x`` alone are attended to.
+            joined: weights to multiply in place of the modules'.
+        """
         b, s, d = x.shape
         h = self.attn_norm(x)
         if joined is None:

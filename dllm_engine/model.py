@@ -43,6 +43,7 @@ class LLaDA(nn.Module):
         self.end_ids = config.eos_token_ids
         self._tokenizer: Any = None
         self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope_for: Any = None
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -55,7 +56,8 @@ class LLaDA(nn.Module):
         Args:
             path: directory with ``config.json`` and ``model.safetensors`` (or shards with an index), or a hub id.
             device: where the weights go; a GPU if there is one, else the CPU.
-            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or the torch dtype; the checkpoint's own by default.
+            dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or the torch dtype; by default that of the checkpoint's
+                embedding.
 
         Raises:
             FileNotFoundError: no such directory, or a file is missing in it.
@@ -87,9 +89,8 @@ class LLaDA(nn.Module):
         config = LLaDAConfig.from_dict(raw.to_dict(), f"{given}.config")
         model = cls._empty(config)
         weights.share_(model, module, tied=config.weight_tying)
-        name = getattr(raw, "_name_or_path", "") or ""
-        if name and Path(name).is_dir():
-            model._describe(Path(name))
+        if (directory := weights.loaded_from(raw)) is not None:
+            model._describe(directory)
         if vocab_size is not None:
             if not 0 < vocab_size <= config.embedding_size:
                 raise ValueError(
@@ -125,6 +126,8 @@ class LLaDA(nn.Module):
         for i in end_ids:
             if not 0 <= i < rows:
                 raise ValueError(f"{directory}: end id {i} (generation config or tokenizer) is outside the {rows} rows")
+            if i == self.mask_id:
+                raise ValueError(f"{directory}: end id {i} (generation config or tokenizer) is the mask id")
         self.end_ids = tuple(dict.fromkeys(end_ids))
         if facts.size is not None:
             if facts.size > rows:
@@ -180,19 +183,34 @@ class LLaDA(nn.Module):
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [B, 1, S, Dh] in float32 for positions [B, S]."""
-        if self._rope is None or self._rope[0].device != positions.device:
-            config = self.config
+        config = self.config
+        made_for = positions.device, config.head_dim, config.rope_theta, config.max_sequence_length
+        if self._rope is None or self._rope_for != made_for:
             exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
             inverse = 1.0 / (config.rope_theta ** (exponent / config.head_dim))
             steps = torch.arange(config.max_sequence_length, dtype=torch.float32, device=positions.device)
             angle = torch.outer(steps, inverse).repeat(1, 2)
-            self._rope = angle.cos(), angle.sin()
+            self._rope, self._rope_for = (angle.cos(), angle.sin()), made_for
         cos, sin = self._rope
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
     def altered(self) -> bool:
         """Whether a module has been replaced (by an adapter) or hooked, so that it must be called as it is."""
-        return not all(plain(module) for module in (self.wte, self.ln_f, *self.blocks.modules()))
+        everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        return bool(everywhere) or not all(map(plain, (self.wte, self.ln_f, *self.blocks.modules())))
+
+    def check_weights(self) -> None:
+        """Weights that no call could multiply raise TypeError (dtypes) or ValueError (devices). An adapter's own may be
+        of other dtypes.
+        """
+        layers = {p.dtype for module in (self.wte, self.ln_f, *self.blocks) for p in module.parameters()}
+        if not {self.dtype, self.lm_head.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
+            raise TypeError(f"model: weights of {self.dtype} given; float32, bfloat16 or float16 is needed")
+        if len(layers) > 1 and not self.altered():
+            raise TypeError(f"model: weights of {', '.join(sorted(map(str, layers)))} given; layers need one dtype")
+        devices = {str(p.device) for p in self.parameters()}
+        if len(devices) > 1 or devices == {"meta"}:
+            raise ValueError(f"model: weights on {', '.join(sorted(devices))}; all on one device are needed")
 
     def joined_weights(self) -> list[Joined | None]:
         """`Block.joined` of every layer; None for each if the model is `altered`."""

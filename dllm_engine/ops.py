@@ -53,7 +53,7 @@ def row_stats(
         hidden: [N, D] float32, bfloat16 or float16, unit stride along D. lm_head: [V, D], likewise; the two types may
             differ. Sums are float32 or better.
         rows: int32 (or int64) [R], indices into ``hidden``, in any order.
-        banned_ids: ids never chosen, nor runner-up; they stay in the normaliser.
+        banned_ids: ids never chosen, nor runner-up; they stay in the normaliser. A tensor is one of `id_tensor`.
         excluded_ids: ids left out of the normaliser; a chosen one gets confidence 0.
         probe_ids: int64 [R, K], K at most 8: ids whose logits are wanted.
         temperature: draw ``token`` from softmax(logits / temperature); 0 takes the best.
@@ -266,10 +266,12 @@ def block_stats(
 
 
 def _run_row_stats(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, lm_head, rows, _, _, probe_ids, *_ = arguments
+    hidden, lm_head, rows, banned, excluded, probe_ids, *_ = arguments
     if rows.device.type == "cpu":  # values can be read without a wait; on a GPU the kernels guard themselves
         _in_range(rows, "rows", len(hidden))
         _in_range(probe_ids, "probe_ids", len(lm_head))
+        _ascending(banned, "banned_ids", len(lm_head))
+        _ascending(excluded, "excluded_ids", len(lm_head))
     return _row_stats(*arguments)
 
 
@@ -279,7 +281,7 @@ def _row_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _run_decode_step_(*arguments: Any) -> None:
-    hidden, _, sequences, tokens, _, _, progress, _, quota, *_ = arguments
+    hidden, lm_head, sequences, tokens, _, _, progress, _, quota, _, _, _, _, banned, excluded, *_ = arguments
     if sequences.device.type == "cpu":
         _in_range(sequences, "sequences", len(tokens))
         if len(sequences.unique()) < len(sequences):
@@ -287,6 +289,8 @@ def _run_decode_step_(*arguments: Any) -> None:
         start = progress[sequences, 0]
         _in_range(start, "state.progress", tokens.shape[1] - hidden.shape[1] + 1)
         _in_range(progress[sequences, 2], "state.progress", len(quota))
+        _ascending(banned, "banned_ids", len(lm_head))
+        _ascending(excluded, "excluded_ids", len(lm_head))
     _decode_step_(*arguments)
 
 
@@ -358,6 +362,13 @@ def _check(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device, 
 def _in_range(values: Tensor, name: str, limit: int) -> None:
     if values.numel() and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"{name}: {int(values.min())} to {int(values.max())} given; 0 to {limit - 1} allowed")
+
+
+def _ascending(ids: Tensor, name: str, limit: int) -> None:
+    """What a tensor of ids must be for kernels that read on in it."""
+    _in_range(ids, name, limit)
+    if not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError(f"{name}: {ids.tolist()} given; ascending ids are needed, each once (ops.id_tensor)")
 
 
 def id_tensor(ids: Sequence[int], device: torch.device) -> Tensor:

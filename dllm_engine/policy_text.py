@@ -51,13 +51,13 @@ class PolicyText:
             return cls(name)
         if name == "learn2pd":
             file, at, tail = value.rpartition("@")
-            if not at or Path(value).exists():
+            if not at or Path(value).expanduser().exists():
                 file, at = value, ""
             if not file:  # which would be this directory
                 raise ValueError(f"policy: {text!r} given; a filter's file or directory is needed")
-            if not Path(file).exists():
+            if not Path(file).expanduser().exists():
                 raise FileNotFoundError(f"filter: {file} does not exist")
-            return cls(name, _filter_threshold(tail) if at else None, file)
+            return cls(name, _filter_threshold(tail) if at else None, str(Path(file).expanduser()))
         if name not in policies.RULES:
             raise ValueError(f"policy: {text!r} given; {name} takes no value")
         if _is_static(name):

@@ -33,6 +33,8 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         self.live.__exit__(*error)
+        if not self.live.console.is_terminal:
+            self.live.console.line()  # rich ends the last panel's line in terminals only
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then the tokens of every finished block."""

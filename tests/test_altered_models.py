@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,3 +132,35 @@ def test_decodes_run_as_they_are_inside_a_compiled_function() -> None:
         found = torch.compile(generate, backend=counting)(model, prompt, steps=8, gen_length=16, block_length=8)
         assert torch.equal(found, want)
     assert not graphs
+
+
+def test_hooks_of_all_modules_are_heard() -> None:
+    model = loaded()
+    before = decode(model, PROMPTS, **SETTINGS).sequences
+
+    def negated(module: nn.Module, given: Any, out: Tensor) -> Tensor | None:
+        return -out if module in layers else None
+
+    layers = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
+    apart = copy.deepcopy(model)  # whose modules are called one by one in any case
+    for module in apart.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, given, out: -out)
+    hook = nn.modules.module.register_module_forward_hook(negated)
+    try:
+        out = decode(model, PROMPTS, **SETTINGS).sequences
+    finally:
+        hook.remove()
+    assert torch.equal(out, decode(apart, PROMPTS, **SETTINGS).sequences)
+    assert not torch.equal(out, before)
+    assert torch.equal(decode(model, PROMPTS, **SETTINGS).sequences, before)
+
+
+def test_another_config_has_other_rotations() -> None:
+    model, fresh = tiny_model(), tiny_model()
+    before = decode(model, PROMPTS, **SETTINGS).sequences
+    model.config = fresh.config = replace(model.config, rope_theta=50.0, max_sequence_length=2048)
+    out = decode(model, PROMPTS, **SETTINGS).sequences
+    assert torch.equal(out, decode(fresh, PROMPTS, **SETTINGS).sequences)
+    assert not torch.equal(out, before)
+    decode(model, [[5] * 1500], gen_length=8, block_length=8)  # beyond the tables of before

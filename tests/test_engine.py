@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch import Tensor
 from dllm_engine import Engine, LLaDA, buffers, decode
 from dllm_engine.policies import Oracle, Threshold
 from dllm_engine.tokenizer import encode_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SHORT: dict[str, Any] = {"gen_length": 16, "block_length": 8}
 
@@ -318,3 +322,48 @@ def test_a_streamer_that_raises(model: LLaDA) -> None:
     with pytest.raises(ValueError, match="no paper for"):
         decode(model, [[4, 5], [6]], streamer=broken, **SHORT)
     assert torch.equal(decode(model, [[4, 5], [6]], **SHORT).sequences, expected)
+
+
+def test_an_iterator_that_nobody_finished_ends_with_the_interpreter() -> None:
+    script = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import tiny_model
+from dllm_engine import Engine
+engine = Engine(tiny_model(), max_batch=2, max_length=40)
+results = engine.generate_many([[1, 2, 3]] * 20, gen_length=32)
+next(results)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_leaves_no_engine_busy(model: LLaDA) -> None:
+    """On whatever line of the lending it comes."""
+    lines: list[int] = []
+
+    def run_until(stop: int | None) -> None:
+        lent = False
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lent
+            if frame.f_code.co_name == "_lent" and not lent:
+                lent = event == "return"  # the yield
+                lines.append(frame.f_lineno)
+                if frame.f_lineno == stop:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            decode(model, [[4, 5]], gen_length=8, block_length=8)
+        finally:
+            sys.settrace(None)
+
+    run_until(None)
+    assert len(lines) > 5
+    for line in sorted({*lines}):
+        with pytest.raises(KeyboardInterrupt):
+            run_until(line)
+        decode(model, [[4, 5]], gen_length=8, block_length=8)

@@ -17,9 +17,10 @@ from test_decode_step import random_filter
 from test_weights import save
 from torch import Tensor
 
-from dllm_engine import LearnedFilter, LLaDA, decode, features
+from dllm_engine import LearnedFilter, LLaDA, decode, features, policies
 from dllm_engine.filter import model_ids
 from dllm_engine.policies import Learn2PD, as_rule
+from dllm_engine.policy_text import PolicyText
 from dllm_engine.state import BlockState
 from dllm_engine.stats import RowStats
 
@@ -257,3 +258,20 @@ def test_a_kernel_and_select_give_the_same_decode(backend: str, cache: str, temp
     assert torch.equal(by_kernel.sequence_passes, by_select.sequence_passes)
     assert 0 < unfused.selected < unfused.asked
     assert by_kernel.forward_passes < 48
+
+
+def test_a_home_directory_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    LearnedFilter().save_pretrained("~/a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert LearnedFilter.from_pretrained("~/a").block_length == 32
+    assert PolicyText.parse("learn2pd=~/a@0.5") == PolicyText("learn2pd", 0.5, str(tmp_path / "a"))
+
+
+def test_auto_without_a_readable_filter_is_a_threshold(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.path = tmp_path
+    (tmp_path / "filter.safetensors").mkdir()
+    with pytest.warns(UserWarning, match="the model's own filter does not fit, using Threshold"):
+        assert isinstance(policies.resolve("auto", model, block_length=8, cache="dual"), policies.Threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -11,7 +12,7 @@ from conftest import tiny_model
 from torch import nn
 
 import dllm_engine as dllm
-from dllm_engine import Engine, LLaDA, decode
+from dllm_engine import LLaDA, decode
 
 PROMPTS = [[7, 3, 22, 41], [59, 12, 5, 30]]  # the second holds the mask id
 
@@ -122,52 +123,40 @@ def test_a_transformers_module_shares_its_tensors(model: LLaDA) -> None:
         LLaDA.from_transformers(module, vocab_size=65)
     with pytest.raises(ValueError, match="Linear has no transformers config"):
         LLaDA.from_transformers(nn.Linear(2, 2))
+    away = tiny_model()
+    away.blocks[1].to("meta")
+    with pytest.raises(ValueError, match="model: tensors are on cpu, meta; all on one device are needed"):
+        LLaDA.from_transformers(LikeTransformers(away, tiny_config()))
 
 
-def test_a_transformers_module_whose_head_is_tied() -> None:
+def test_a_modules_config_is_looked_at_again(model: LLaDA) -> None:
     from conftest import tiny_config
 
-    tied = tiny_model(weight_tying=True)
-    module = LikeTransformers(tied, tiny_config(weight_tying=True))
-    tied.ff_out = nn.Linear(32, 64, bias=False)
-    tied.ff_out.weight = tied.wte.weight
-    assert LLaDA.from_transformers(module).lm_head.data_ptr() == tied.wte.weight.data_ptr()
-    tied.ff_out.weight = nn.Parameter(tied.wte.weight * 2)
-    with pytest.raises(ValueError, match="no place for, the first: ff_out.weight"):
-        LLaDA.from_transformers(module)
-
-
-def test_a_transformers_module_in_two_dtypes_is_refused() -> None:
-    from conftest import tiny_config
-
-    mixed = tiny_model()
-    mixed.ln_f.weight = nn.Parameter(mixed.ln_f.weight.bfloat16())
-    with pytest.raises(ValueError, match=r"tensors are \['torch.bfloat16', 'torch.float32'\]; one of"):
-        LLaDA.from_transformers(LikeTransformers(mixed, tiny_config()))
-
-
-def test_a_transformers_module_keeps_its_engine_while_its_tensors_stay(model: LLaDA) -> None:
-    import copy
-    import gc
-    import weakref
-
-    from conftest import tiny_config
-
-    module = LikeTransformers(copy.deepcopy(model), tiny_config(eos_token_id=[1, 2]))
-    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": "threshold"}
+    raw = tiny_config(eos_token_id=[1, 2])
+    module = LikeTransformers(model, raw)
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "policy": "topk"}
     first = decode(module, PROMPTS, **settings).sequences
-    kept = Engine.kept(module)
-    assert kept.nbytes > 0
-    assert Engine.kept(module) is kept
-    with torch.no_grad():
-        module.model.transformer.ff_out.weight.mul_(-1)  # in place: the shared tensor is the same one
-    assert Engine.kept(module) is kept
-    second = decode(module, PROMPTS, **settings).sequences
-    assert not torch.equal(first, second)
-    module.model.transformer.ff_out.weight = nn.Parameter(model.lm_head.clone(), requires_grad=False)
-    assert torch.equal(decode(module, PROMPTS, **settings).sequences, first)
-    assert Engine.kept(module) is not kept
-    gone = weakref.ref(Engine.kept(module))
-    del module, kept
-    gc.collect()
-    assert gone() is None
+    raw["rope_theta"] = 50.0
+    changed = decode(module, PROMPTS, **settings).sequences
+    assert torch.equal(changed, decode(LikeTransformers(model, raw), PROMPTS, **settings).sequences)
+    assert not torch.equal(changed, first)
+
+
+def test_a_module_from_the_hub_is_described_by_its_snapshot(
+    model: LLaDA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a directory: its generation config's end ids count. What the cache does not hold is no error."""
+    from conftest import tiny_config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0123")
+    module = LikeTransformers(model, tiny_config(eos_token_id=[1]))
+    for name, ends in (("owner/name", (1, 7)), ("owner/another", (1,)), ("not a name/at all", (1,)), ("", (1,))):
+        module.config._name_or_path = name
+        assert LLaDA.from_transformers(module).end_ids == ends, name

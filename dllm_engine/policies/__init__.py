@@ -91,8 +91,8 @@ def _auto(model: ModelFacts, block_length: int, cache: str) -> Policy:
     try:
         policy = Learn2PD(shipped_filter(model))
         policy.check(model, block_length=block_length, cache=cache)
-    except ValueError as error:
-        warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=5)
+    except (ValueError, OSError) as error:
+        warnings.warn(f"the model's own filter does not fit, using Threshold(0.9): {error}", stacklevel=2)
         return Threshold()
     return policy
 
