@@ -46,8 +46,9 @@ def predict_end_(
     last_word = torch.where(open_ & ~says_end, columns, -1).amax(1)
     cut = torch.maximum(last_word + 1, first)
     state.active_end[sequences] = torch.minimum(end, cut + 1)
+    held = state.left[sequences] - state.undecided[sequences].sum(1)  # 1 where a rule stays in its decided block
     every = torch.arange(state.length, device=first.device)
     beyond = every >= torch.minimum(end, cut)[:, None]
     state.tokens[sequences] = torch.where(beyond, state.fill_id, state.tokens[sequences])
     state.undecided[sequences] &= ~beyond
-    state.left[sequences] = state.undecided[sequences].sum(1)
+    state.left[sequences] = state.undecided[sequences].sum(1) + held

@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import ending_model
 from naive import log_sum_exp, logits_of
 from test_reference import make_state
 
 from dllm_engine import LLaDA, decode, end_of_text, tasks
-from dllm_engine.policies import Threshold
+from dllm_engine.policies import Threshold, TokenEditing
 from dllm_engine.tokenizer import encode_prompt
 
 GEN, BLOCK, THRESHOLD, END = 32, 8, 0.9, 1
@@ -103,7 +104,7 @@ def test_a_cut_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states are logits. The second sequence is a block further on: its last rows lie behind the canvas."""
     monkeypatch.setattr(end_of_text, "CONFIDENCE", 0.5)  # which equal logits of two ids have
     state = make_state(gen_length=8, block_length=2, batch=3)  # columns 2 to 9
-    state.undecided[1, 2:4] = False
+    state.undecided[1, 2:4], state.left[1] = False, 6
     end, even, text = [5.0, 0.0], [0.0, 0.0], [0.0, 5.0]
     logits = torch.tensor([[end, text, even, end, end, even], [text, end, end, even, text, text], [end] * 6])
     first, ids = torch.tensor([4, 6, 4]), torch.tensor([0])
@@ -117,3 +118,17 @@ def test_a_cut_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     open_ = [[i for i, u in enumerate(row) if u] for row in state.undecided.tolist()]
     assert open_ == [[2, 3, 4, 5], [4, 5, 6], [2, 3]]
     assert state.left.tolist() == [4, 3, 2]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_rule_that_stays_in_a_decided_block_still_does(cache: str) -> None:
+    """The first call decides all, the end is predicted in the same call; the rule edits on, as under "committed"."""
+    prompt, settings = [7, 3, 22, 41, 18, 30], {"gen_length": 12, "block_length": 4, "cache": cache}
+    committed, predicted = (
+        decode(ending_model(39), [prompt], policy=TokenEditing(0.4, 0.2, 5), end_of_text=mode, **settings)
+        for mode in ("committed", "predicted")
+    )
+    assert predicted.forward_passes == committed.forward_passes == (3 if cache == "none" else 2)
+    assert torch.equal(predicted.sequences, committed.sequences)
+    if cache == "none":
+        assert predicted.sequences[0, 6:8].tolist() == [38, END]

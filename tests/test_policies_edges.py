@@ -10,10 +10,22 @@ import pytest
 import torch
 from conftest import tiny_model
 from test_policies import committed, make_block, make_stats, odds_of
+from torch import Tensor
 
 from dllm_engine import decode
-from dllm_engine.policies import CAD, AdaBlock, Credit, ExploreExploit, FreeDave, Oracle, Prophet, TokenEditing
-from dllm_engine.rules import least_log_odds
+from dllm_engine.policies import (
+    CAD,
+    AdaBlock,
+    Credit,
+    ExploreExploit,
+    FreeDave,
+    LocalLeap,
+    Margin,
+    Oracle,
+    Prophet,
+    TokenEditing,
+)
+from dllm_engine.rules import least_log_odds, ranking
 from dllm_engine.state import BlockState
 from dllm_engine.stats import RowStats
 
@@ -82,6 +94,36 @@ def test_exploring_does_not_count_decided_rows() -> None:
     odds, entropy = odds_of(0.6, 0.5, 0.99, 0.96), torch.tensor([[0.8, 1.2, 9.0, 0.1]])
     stats = replace(said(block, [2] * 4, odds[0]), entropy=entropy)
     assert committed(policy, stats, block) == [[1, 3]]
+
+
+def test_only_one_position_is_explored_whatever_the_quota() -> None:
+    block = make_block([[1, 1, 1, 1]], [4])
+    stats = make_stats(block, log_odds=odds_of(0.6, 0.5, 0.7, 0.8), entropy=[[0.8, 1.2, 1.1, 0.1]])
+    stats.log_odds[0, 3] = torch.inf  # which may not be taken for the one to explore
+    order = ranking(ExploreExploit(enough=2).score(stats, block), block.undecided)
+    assert order.tolist() == [[1, 3, 2, 0]]  # entropy once, then what is surest
+
+
+def test_a_window_is_no_wider_than_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, widths = make_block([[1] * 4], [4]), []
+
+    def pooled(x: Tensor, width: int, **how: Any) -> Tensor:
+        widths.append(width)
+        return max_pool1d(x, width, **how)
+
+    max_pool1d = torch.nn.functional.max_pool1d
+    monkeypatch.setattr(torch.nn.functional, "max_pool1d", pooled)
+    stats = make_stats(block, log_odds=odds_of(0.95, 0.5, 0.5, 0.8))
+    assert LocalLeap(window=10**9).select(stats, block).tolist() == [[True, False, False, True]]
+    assert widths == [9]  # a wide one costs as much as it is wide
+
+
+def test_margins_of_nothing_are_equal() -> None:
+    block = make_block([[1] * 24], [24])
+    logsumexp = torch.linspace(1, 9, 24)[None]
+    rest = torch.log(torch.expm1(logsumexp.double())).float()  # a logit of 0, and the other's
+    stats = make_stats(block, logit=0.0, second_logit=0.0, logsumexp=logsumexp.tolist(), log_odds=(-rest).tolist())
+    assert Margin().score(stats, block).unique().tolist() == [0.0]
 
 
 def test_an_id_that_takes_a_forgotten_ones_place_has_no_credit_of_it() -> None:

@@ -20,13 +20,14 @@ class AdaBlock(Policy):
 
     When a block begins, the most confident prediction of a delimiter is looked for in the next ``window`` · gen_length
     positions; if its confidence is at least ``delimiter_threshold``, the block ends there, else it has the block
-    length of the decode. No block is shorter than ``least`` (a delimiter before that is not looked at). Every call
+    length of the decode. A delimiter that would make a block shorter than ``least`` is not looked at. Every call
     computes the window, which with ``"dual"`` is more than the block.
 
     Args:
         threshold, delimiter_threshold, window: 0 to 1.
         least: ≥ 1.
-        delimiters: texts, of which the tokenizer must have at least one as a single token; or ids.
+        delimiters: texts, of which the tokenizer must have at least one as a single token; or ids. Published: the
+            newline, with the other two as options.
     """
 
     name = "adablock"

@@ -16,7 +16,7 @@ class TokenEditing(Policy):
     the same block whose prediction is another with a confidence above ``edit_threshold`` (T2T).
 
     A block ends when all of it is decided and a pass replaced nothing, or after ``post_steps`` passes without an
-    undecided position. A replaced token does not come back at its position, so that no pair of tokens takes turns for
+    undecided position. The token that was replaced last does not come back at its position: no pair takes turns for
     ever. An end of the text stays where it is, whatever replaces its token. The defaults are the published quality
     mode; speed mode is 0.5 and 0. Only models trained to edit gain by it: others mostly repeat what is decided.
 

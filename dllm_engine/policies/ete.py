@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm_engine.policies.base import Policy, in_range, whole
-from dllm_engine.rules import least_log_odds
+from dllm_engine.rules import least_log_odds, ranking
 from dllm_engine.state import BlockState
 from dllm_engine.stats import RowStats
 
@@ -40,4 +40,6 @@ class ExploreExploit(Policy):
 
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
         few = self.select(stats, state).sum(1, keepdim=True) < self.enough
-        return torch.where(few, stats.entropy, stats.log_odds)
+        explored = ranking(stats.entropy, state.undecided).argsort(dim=1) == 0
+        finite = stats.log_odds.clamp_max(torch.finfo(torch.float32).max)
+        return torch.where(few & explored, torch.inf, finite)

@@ -22,7 +22,8 @@ class FreeDave(Policy):
     that the call before gave (draft 0 is the canvas itself). The rule makes its step from draft 0's statistics; if that
     gives another of the drafts, it makes the next step from that one's, and so on. Every step is made from a forward
     pass of exactly that canvas, so the tokens are those of the rule, in fewer calls; rounding differs between batch
-    shapes, so ties closer than that can fall otherwise. A call costs as many rows as ``drafts`` calls.
+    shapes, so ties closer than that can fall otherwise. A call costs as many rows as ``drafts`` calls; guidance is
+    refused.
 
     Args:
         drafts: canvases a call, 2 to the block length, at most 64 (8 are taken for shorter blocks too).

@@ -29,5 +29,6 @@ class LocalLeap(Policy):
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         sure, enough = (state.undecided & (stats.log_odds >= bound) for bound in self._bounds)
         # a maximum over a sliding window is the dilation of the anchors
-        near = F.max_pool1d(sure.float()[:, None], 2 * self.window + 1, stride=1, padding=self.window)[:, 0] > 0
+        window = min(self.window, sure.shape[1])
+        near = F.max_pool1d(sure.float()[:, None], 2 * window + 1, stride=1, padding=window)[:, 0] > 0
         return sure | (near & enough)

@@ -24,4 +24,5 @@ class Margin(TopK):
         # 1 − (p₁ − p₂) = (1 − p₁) + p₂, both summands from their logarithms
         rest = F.logsigmoid(-stats.log_odds.double())
         second = stats.second_logit.double() - stats.logsumexp.double()
-        return -torch.logaddexp(rest, second).float()
+        score = -torch.logaddexp(rest, second).float()
+        return torch.where(stats.logit == stats.second_logit, 0.0, score)  # exactly: ties are broken by position
