@@ -36,8 +36,7 @@ class Buffers:
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
             del flat
-            self.graphs.clear()
-            self._pool = None  # torch takes none again that its last graph left: cuBLAS's workspace is still there
+            self.drop_graphs(0)
             self._flat.pop(name, None)  # freed first: old and new need not fit beside each other
             check_fits(name, count * dtype.itemsize, self.device)
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
@@ -47,6 +46,14 @@ class Buffers:
         """Back to zeros: after a failed call, whose NaNs would get through a mask (0 · NaN is NaN)."""
         for flat in self._flat.values():
             flat.zero_()
+
+    def drop_graphs(self, keep: int) -> None:
+        """All but the ``keep`` graphs that were used last."""
+        if len(self.graphs) > keep:
+            for key in [*self.graphs][: len(self.graphs) - keep]:
+                del self.graphs[key]
+            if not any(self.graphs.values()):
+                self._pool = None  # torch takes none again that its last graph left: cuBLAS's workspace is still there
 
     def graph_memory(self) -> dict[str, Any]:
         """Where graphs are captured. All share their memory, for they never run at once: `torch.cuda.graph`'s options.

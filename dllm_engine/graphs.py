@@ -71,7 +71,7 @@ class BlockCalls:
             self.state.batch, self.state.prompt_length, length, self.state.block_length,
             rule.bounds.shape, rule.weights.shape, rule.cut, rule.decided_is_one, rule.position, rule.ends_wait,
             *ids, end_ids is None, scoring["temperature"], scoring["backend"], self.model.dtype,
-            self.kernels, self.altered, tuple(p.data_ptr() for p in self.model.parameters()),
+            self.kernels, self.altered, self.model.config, tuple(p.data_ptr() for p in self.model.parameters()),
         )  # fmt: skip
 
     @staticmethod
@@ -93,16 +93,18 @@ class BlockCalls:
             self._run(count)
 
     def _run(self, count: int) -> None:
+        if not self.captures:
+            self._call(count)
+            return
         graphs, key = self.buffers.graphs, (count, *self.key)
-        if key in graphs and graphs[key] is None and self.captures:  # the first call compiled its kernels
+        if key in graphs and graphs[key] is None:  # the first call compiled its kernels
             graphs[key] = self._capture(count)
-        kept = graphs.setdefault(key)
+        kept = graphs[key] = graphs.pop(key, None)  # the last in order is the last that was used
         if kept is None:
             self._call(count)
         else:
             kept.graph.replay()
-        while len(graphs) > MOST:
-            graphs.pop(next(iter(graphs)))
+        self.buffers.drop_graphs(MOST)
 
     def _layer_kernels(self) -> Kernels:
         """What ``DLLM_LAYER_KERNELS`` asks for, as far as this model allows; docs/kernels.md tells what there is."""

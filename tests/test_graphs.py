@@ -244,6 +244,7 @@ def test_graphs_after_a_growth_get_memory_of_their_own(monkeypatch: pytest.Monke
     one, other = (Buffers(torch.device("cpu")) for _ in range(2))
     one.take("tokens", (8,), torch.int64)
     first = one.graph_memory()
+    one.graphs["a call"] = object()
     one.take("tokens", (6,), torch.int64)
     assert one.graph_memory() == first
     assert other.graph_memory()["pool"] != first["pool"]
@@ -251,6 +252,34 @@ def test_graphs_after_a_growth_get_memory_of_their_own(monkeypatch: pytest.Monke
     one.take("tokens", (9,), torch.int64)
     assert one.graph_memory()["pool"] != first["pool"]
     assert one.graph_memory()["stream"] is first["stream"]
+    assert not one.graphs
+
+
+def test_memory_outlives_graphs_only_while_one_of_them_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    buffers = Buffers(torch.device("cpu"))
+    buffers.graphs |= {"first": object(), "second": object(), "not captured": None}
+    pool = buffers.graph_memory()["pool"]
+    for keep, same in ((3, True), (2, True), (1, False)):
+        buffers.drop_graphs(keep)
+        assert len(buffers.graphs) == keep
+        assert (buffers.graph_memory()["pool"] is pool) is same, keep
+
+
+def test_without_graphs_nothing_is_replayed(model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even what an earlier decode captured."""
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "end_of_text": "off"}
+    for _ in range(2):
+        want = decode(model, PROMPTS, **BASE, **settings).sequences
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockCalls, "captures", False)
+        patch.setattr(Fake, "replay", None)
+        assert torch.equal(decode(model, PROMPTS, **BASE, **settings).sequences, want)
+    replays: list[Fake] = []
+    monkeypatch.setattr(Fake, "replay", lambda self: replays.append(self) or self.calls._call(self.count))
+    decode(model, PROMPTS, **BASE, **settings)
+    assert replays, "nothing was captured: the test shows nothing"
 
 
 def test_a_failed_capture_ends_on_the_stream_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +313,15 @@ def test_a_failed_capture_ends_on_the_stream_where_it_began(monkeypatch: pytest.
     assert not calls.buffers.graphs_work
 
 
-def test_only_so_many_graphs_are_kept(model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_graphs_used_last_are_kept(model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 3)
-    for length in range(8, 1, -1):
-        decode(model, [list(range(2, 2 + length))], policy="topk", **BASE)
-    engine = Engine.kept(model)
-    assert engine._buffers is not None
-    assert len(engine._buffers.graphs) == 3
+    hot = list(range(2, 10))
+    for length in range(7, 1, -1):
+        for prompt in (hot, hot[:length]):
+            decode(model, [prompt], policy="topk", **BASE)
+    buffers = Engine.kept(model)._buffers
+    assert buffers is not None
+    assert [key[2] for key in buffers.graphs] == [3, 8, 2]  # by the length of the prompt: (count, batch, length, …)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
