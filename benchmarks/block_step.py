@@ -4,10 +4,10 @@ A step under the dual cache is a call of the block's rows against cached keys, t
 and the host's work around the two: deciding who joins, launching, reading where the sequences stand. The first two are
 timed alone, the whole as the engine runs it; *host* is the difference (on a busy machine it can come out negative).
 On a GPU the first two are one CUDA graph; the model's share of it is what is left without the second.
-Beside them stands the time that the step cannot beat on this machine: the bytes that it must read (matrices, keys and
-values) over the bandwidth measured in this run, or its multiplications over the rate measured in this run, whichever is
-longer. Where the kernels of `dllm_engine.kernels.layer` are used, the step takes turns with more and fewer of them:
-each value of ``DLLM_LAYER_KERNELS`` that can be had.
+Beside them stands its floor: the bytes that it must read (matrices, keys and values) over the bandwidth measured in
+this run, or its multiplications over the rate measured in this run, whichever is longer. On a GPU the bandwidth is a
+copy's; reading alone can be some per cent faster. Where the kernels of `dllm_engine.kernels.layer` are used, the step
+takes turns with more and fewer of them: each value of ``DLLM_LAYER_KERNELS`` that can be had and gives the same.
 
 Weights and cache are random. All rows of the blocks are undecided: a step's head costs most then.
 """
@@ -85,6 +85,37 @@ class BlockStep:
         for loop in (self.loop, *self.others.values()):
             loop.where = self.where
 
+    def left_out(self) -> list[str]:
+        """Takes out of ``others`` what would be timed for other work, and tells why: kernels that give another result
+        from turn to turn, or launched early another than one after the other, or hardly one prediction of torch's.
+
+        Raises:
+            AssertionError: the engine's own choice is such.
+        """
+        assert self.loop.block_calls is not None
+        used, found, wrong = self.loop.block_calls.kernels, {}, {}
+        for kernels, loop in {used: self.loop, **self.others}.items():
+            turns = []
+            for _ in range(4):  # kernel by kernel, captured, replayed
+                self.step(loop)
+                turns.append([tensor.clone() for tensor, _ in self.saved])
+            found[kernels] = turns[0]
+            if not all(map(equal, turns, turns[1:])):
+                wrong[kernels] = "a step gives something else from turn to turn"
+        if {Kernels.EARLY, Kernels.PRODUCTS} <= found.keys() and not equal(
+            found[Kernels.EARLY], found[Kernels.PRODUCTS]
+        ):
+            wrong[Kernels.EARLY] = "a step gives something else than the same kernels one after the other"
+        of_torch = found.get(Kernels.NONE, found[used])[2][:, -BLOCK:]
+        for kernels, (_, _, predicted, _) in found.items():
+            share = float((predicted[:, -BLOCK:] == of_torch).double().mean())
+            if share < 0.5:  # random weights are sure of nothing: rounding decides some of their predictions
+                wrong[kernels] = f"{share:.0%} of the predictions are those of torch's layers"
+        if used in wrong:
+            raise AssertionError(f"layer kernels {used.name}: {wrong[used]}")
+        self.others = {kernels: loop for kernels, loop in self.others.items() if kernels not in wrong}
+        return [f"layer kernels {kernels.name} left out: {reason}" for kernels, reason in wrong.items()]
+
     @torch.inference_mode()
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The model call."""
@@ -113,6 +144,10 @@ class BlockStep:
         """Both, as the engine makes them, and the same copy."""
         self.restore()
         (loop or self.loop).step()
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, a, b))
 
 
 def other_kernels(used: Kernels, model: LLaDA, rows: int) -> list[Kernels]:
@@ -144,6 +179,9 @@ def measure(
 ) -> dict[str, Any]:
     """A record of one batch and length."""
     block = BlockStep(model, batch, length)
+    if block.loop.block_calls is not None:
+        for message in block.left_out():
+            print(message)
     contenders: dict[str, Callable[[], Any]] = {"decode_step": block.decode_step, "step": block.step}
     if block.loop.block_calls is None:
         contenders["forward"] = block.forward
@@ -157,7 +195,10 @@ def measure(
     parts = zip(times["step"], times["forward"], times["decode_step"], strict=True)
     read, operations = work(shape, batch, length, model.dtype)
     block_calls = block.loop.block_calls
-    compared: dict[str, Any] = {} if block_calls is None else {"layer_kernels": block_calls.kernels.name}
+    compared: dict[str, Any] = {}
+    if block_calls is not None:
+        captured = block_calls.buffers.graphs_work and any(block_calls.buffers.graphs.values())
+        compared = {"layer_kernels": block_calls.kernels.name, "captured": captured}
     for kernels in block.others:
         others = times.pop(f"step, {kernels.name}")
         compared[f"step_{kernels.name}_seconds"] = statistics.median(others)

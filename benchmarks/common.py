@@ -24,7 +24,7 @@ import torch
 import dllm_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("DLLM_RESULTS", ROOT / "benchmarks" / "results"))
 
 
 def synchronize(device: torch.device) -> None:
@@ -45,15 +45,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """What a figure needs to be believed: when, which code, where."""
 
     def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return "unknown"
-        return done.stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):  # a copy of the files alone
+        commit = os.environ.get("DLLM_COMMIT", "unknown")
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "commit": commit,
         "dllm_engine": dllm_engine.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -136,7 +136,7 @@ def graphed(run: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     try:
         # a stream of its own: cuBLAS's workspace of a stream may go with the first of its graphs
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             run()
     except RuntimeError as error:
         torch.cuda.set_stream(before)  # a capture that cannot be ended leaves its own as the current one

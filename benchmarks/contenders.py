@@ -91,6 +91,10 @@ def take_turns(
     if gen_length > BLOCK:
         take_turns(make, BLOCK, prompts[:1], exact=exact)  # warm-up, and a comparison before anything is timed
     contenders = make(gen_length)
+    if prompts[0].device.type == "cuda":  # buffers grow, and calls of this size are captured
+        for one in contenders:
+            for _ in range(2):
+                one.run(prompts[0])
     for prompt in prompts:
         found: dict[str, Decoded] = {}
         for one in contenders:

@@ -175,7 +175,7 @@ def linear(
     out = torch.empty(count, *x.shape[:-1], size, dtype=dtype, device=x.device)
     _multiply[(triton.cdiv(size, config.features), count)](
         flat, weight, out, rows, size, depth, flat.stride(0), span,
-        WHOLE=depth % config.depth == 0, AHEAD=config.stages - 1 if early else 0,
+        WHOLE=depth % config.depth == 0, AHEAD=max(1, config.stages - 1) if early else 0,
         UPCAST=interpreted() and x.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_early(early),

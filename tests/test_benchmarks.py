@@ -139,6 +139,16 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
     calls.clear()
     step.step(step.others[Kernels.PRODUCTS])
     assert calls == [Kernels.PRODUCTS]
+    assert step.left_out() == []
+
+    def races(self: LLaDA, *arguments: Any) -> Any:
+        hidden = noted(self, *arguments)
+        return hidden + torch.randn_like(hidden) * (calls[-1] is Kernels.PRODUCTS)
+
+    monkeypatch.setattr(LLaDA, "hidden_states", races)
+    [message] = step.left_out()
+    assert message == "layer kernels PRODUCTS left out: a step gives something else from turn to turn"
+    assert list(step.others) == [Kernels.NONE]
     assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
 
 
