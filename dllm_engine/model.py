@@ -75,11 +75,13 @@ class LLaDA(nn.Module):
     def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
         """Wrap a loaded transformers ``LLaDAModelLM``; tensors are shared, not copied.
 
-        Only the module's ``config`` and the names of its tensors are read. ``vocab_size`` is ``len(tokenizer)``;
-        without it every row of the head up to the config's ``vocab_size`` may be written.
+        Only the module's ``config``, the names of its tensors and the JSON files that it was loaded with are read.
+        ``vocab_size`` is ``len(tokenizer)``, by default that of a tokenizer among those files; without one every row of
+        the head up to the config's ``vocab_size`` may be written.
 
         Raises:
-            TypeError: not a module. ValueError: no LLaDA, or a ``vocab_size`` beyond the embedding.
+            TypeError: not a module. ValueError: no LLaDA, tensors that are not all on one device, or a ``vocab_size``
+                beyond the embedding.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
