@@ -24,8 +24,8 @@ def check_prompt(model: LLaDA, input_ids: Any, attention_mask: Any) -> tuple[Ten
     """
     if isinstance(input_ids, Mapping):
         raise TypeError(f"input_ids: a {type(input_ids).__name__} given; its own 'input_ids' are needed")
-    if isinstance(input_ids, np.ndarray) and input_ids.dtype.kind == "i":
-        input_ids = torch.as_tensor(input_ids)
+    if isinstance(input_ids, np.ndarray) and input_ids.dtype.kind in "iu":
+        input_ids = torch.from_numpy(input_ids.astype(np.int64))
     if isinstance(input_ids, Tensor):
         ids = input_ids
         if ids.layout is not torch.strided or ids.is_nested or ids.is_meta:
@@ -77,6 +77,8 @@ def check_ids(model: LLaDA, ids: Sequence[int], what: str) -> None:
 
 
 def _padding(mask: Any, ids: Tensor) -> Tensor:
+    if isinstance(mask, np.ndarray):
+        mask = torch.as_tensor(mask)
     if mask is None:
         return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:

@@ -206,8 +206,8 @@ class LLaDA(nn.Module):
         of other dtypes.
         """
         layers = {p.dtype for module in (self.wte, self.ln_f, *self.blocks) for p in module.parameters()}
-        if not {self.dtype, self.lm_head.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
-            raise TypeError(f"model: weights of {self.dtype} given; float32, bfloat16 or float16 is needed")
+        if strange := {self.dtype, self.lm_head.dtype} - {torch.float32, torch.bfloat16, torch.float16}:
+            raise TypeError(f"model: weights of {strange.pop()} given; float32, bfloat16 or float16 is needed")
         if len(layers) > 1 and not self.altered():
             raise TypeError(f"model: weights of {', '.join(sorted(map(str, layers)))} given; layers need one dtype")
         devices = {str(p.device) for p in self.parameters()}

@@ -52,20 +52,24 @@ def _facts_of(tokenizer: Any) -> TokenizerFacts:
 
 
 def _special_tokens(directory: Path) -> dict[str, list[str]]:
-    """Those that a tokenizer's files name beside ``tokenizer.json``, by their keys: a token, or a list of them."""
+    """Those that a tokenizer's files name beside ``tokenizer.json``, by their keys."""
     found: dict[str, list[str]] = {}
     for file in (directory / "special_tokens_map.json", directory / "tokenizer_config.json"):  # the later one counts
         for key, value in (read_json(file) if file.exists() else {}).items():
-            if key in _LISTS or (key.endswith("_token") and not key.startswith(("add_", "use_"))):
-                tokens: list[Any] = [t.get("content") if isinstance(t, dict) else t for t in _as_list(value)]
-                if not all(isinstance(token, str) for token in tokens):
-                    raise ValueError(f"{file}: {key} is {value!r}; a token's text is needed")
-                found[key] = tokens
+            if key in _LISTS or key.endswith("_token"):
+                found[key] = _texts(value)
+            if key == "eos_token" and value is not None and not found[key]:
+                raise ValueError(f"{file}: {key} is {value!r}; a token's text is needed")
     return found
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _texts(value: Any) -> list[str]:
+    """A token is a text or an object with its "content"; there may be a list or, by names, an object of them."""
+    if isinstance(value, dict):
+        value = value["content"] if "content" in value else list(value.values())
+    return (
+        [value] if isinstance(value, str) else [t for v in value for t in _texts(v)] if isinstance(value, list) else []
+    )
 
 
 def load_tokenizer(directory: Path | None) -> Any:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,16 @@ def test_biases_that_changed_in_place_are_read_by_graphs_of_before(
     assert Fake.captures == captures > 0
     assert torch.equal(after, want.sequences)
     assert not torch.equal(after, before)
+
+
+def test_another_config_has_graphs_of_its_own(model: LLaDA, fixed: list[int]) -> None:
+    """Rotations lie where a graph reads them, and were made for the one before."""
+    for rope_theta in (10000.0, 50.0):
+        model.config = replace(model.config, rope_theta=rope_theta)
+        before = Fake.captures
+        for _ in range(2):
+            decode(model, PROMPTS, **BASE, policy="topk")
+        assert Fake.captures > before
 
 
 def test_graphs_after_a_growth_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,8 +165,12 @@ def test_a_model_in_float64_is_named() -> None:
 
 def test_a_batch_may_be_an_array() -> None:
     made, prompts = tiny_model(), [[5, 3], [7, 8]]
-    expected = decode(made, prompts, gen_length=8, block_length=8).sequences
-    assert torch.equal(decode(made, np.array(prompts), gen_length=8, block_length=8).sequences, expected)
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 8}
+    expected = decode(made, prompts, **settings).sequences
+    for dtype in (np.int64, np.uint16):
+        assert torch.equal(decode(made, np.array(prompts, dtype=dtype), **settings).sequences, expected)
+    padded = decode(made, np.array([[0, 5, 3]]), attention_mask=np.array([[0, 1, 1]]), **settings)
+    assert padded.sequences[0, 1:].tolist() == expected[0].tolist()
 
 
 def test_weights_that_no_call_could_multiply() -> None:

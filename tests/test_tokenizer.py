@@ -73,6 +73,8 @@ def test_size_and_ends_count_added_tokens(directory: Path, tmp_path: Path, monke
         ("tokenizer_config.json", "sep_token", {"__type": "AddedToken", "content": "[sep]"}),
         ("tokenizer_config.json", "additional_special_tokens", ["[a]", "world", "[b]"]),
         ("special_tokens_map.json", "eos_token", "hello"),
+        ("tokenizer_config.json", "extra_special_tokens", {"image_token": "[image]"}),
+        ("tokenizer_config.json", "add_bos_token", True),
     ],
 )
 def test_special_tokens_are_those_that_transformers_finds(
