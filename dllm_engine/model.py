@@ -205,14 +205,15 @@ class LLaDA(nn.Module):
         """Weights that no call could multiply raise TypeError (dtypes) or ValueError (devices). An adapter's own may be
         of other dtypes.
         """
-        layers = {p.dtype for module in (self.wte, self.ln_f, *self.blocks) for p in module.parameters()}
-        if strange := {self.dtype, self.lm_head.dtype} - {torch.float32, torch.bfloat16, torch.float16}:
+        own = [p for module in self.modules() for p in module._parameters.values() if p is not None]
+        devices, head = {p.device for p in own}, self.lm_head
+        if len(devices) > 1 or self.device.type == "meta":
+            raise ValueError(f"model: weights on {', '.join(sorted(map(str, devices)))}; all on one device are needed")
+        if strange := {self.dtype, head.dtype} - {torch.float32, torch.bfloat16, torch.float16}:
             raise TypeError(f"model: weights of {strange.pop()} given; float32, bfloat16 or float16 is needed")
-        if len(layers) > 1 and not self.altered():
-            raise TypeError(f"model: weights of {', '.join(sorted(map(str, layers)))} given; layers need one dtype")
-        devices = {str(p.device) for p in self.parameters()}
-        if len(devices) > 1 or devices == {"meta"}:
-            raise ValueError(f"model: weights on {', '.join(sorted(devices))}; all on one device are needed")
+        dtypes = {p.dtype for p in own if p is not head}
+        if len(dtypes) > 1 and not self.altered():
+            raise TypeError(f"model: weights of {', '.join(sorted(map(str, dtypes)))} given; layers need one dtype")
 
     def joined_weights(self) -> list[Joined | None]:
         """`Block.joined` of every layer; None for each if the model is `altered`."""
