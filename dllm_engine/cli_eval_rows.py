@@ -16,6 +16,7 @@ from dllm_engine._version import __version__
 from dllm_engine.evaluate import Row, Setting
 from dllm_engine.model import LLaDA
 from dllm_engine.tasks import Sample
+from dllm_engine.tokenizer import has_template
 
 
 class KeptRows:
@@ -43,14 +44,17 @@ class KeptRows:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        weights = sorted(model.path.glob("*.safetensors")) if model.path else []  # the model's own filter among them
+        # weights, the model's own filter among them, and what makes ids of prompts and texts of answers
+        files = (
+            [f for kind in ("safetensors", "json", "jinja") for f in model.path.glob(f"*.{kind}")] if model.path else []
+        )
         about = {
             "dllm_engine": __version__,
             "model": str(model.path and model.path.resolve()),
-            "weights": [_stamp(file) for file in weights],
+            "files": [_stamp(file) for file in sorted(files)],
             "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
             "batch_size": batch_size,
-            "chat": chat,
+            "chat": has_template(model.tokenizer) if chat is None else chat,
             "samples": [asdict(sample) for sample in samples],
         }
         for setting, label in labels.items():

@@ -65,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     import dllm_engine.integrations.server as server  # first: it tells what to install where a package is missing
     from dllm_engine.integrations.serve_settings import Settings
 
+    try:
+        import uvicorn  # noqa: F401  which another server of such applications would not need
+    except ImportError as error:
+        raise ImportError(f'the server needs more packages: pip install "dllm-engine[serve]" ({error})') from None
+
     key = os.environ.get(args.api_key_env)
     if key is not None and not key.strip():
         raise ValueError(f"--api-key-env: {args.api_key_env} is set but empty; give it a key or unset it")

@@ -99,10 +99,13 @@ def run_all(
     """
     if not samples or batch_size < 1:
         raise ValueError(f"samples, batch_size: {len(samples)}, {batch_size} given; at least 1 of each is needed")
-    prompts = [
-        encode_prompt(model.tokenizer, s.about.get("messages", s.prompt), chat=chat if s.task == EXACT else True)
-        for s in samples
-    ]
+    prompts = []
+    for i, sample in enumerate(samples):
+        own = sample.about.get("messages", sample.prompt)
+        try:
+            prompts.append(encode_prompt(model.tokenizer, own, chat=chat if sample.task == EXACT else True))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
     longest = max(map(len, prompts))
     runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
     for first in range(0, len(samples), batch_size):

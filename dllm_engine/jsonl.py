@@ -38,7 +38,7 @@ def _objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, A
                 continue
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from None
             if "\\u" in text and not _encodes(row):
                 raise ValueError(f"{where}: half of a surrogate pair, which no file can hold")

@@ -62,6 +62,7 @@ def log_likelihood(
     """
     checks.check_counts(samples=samples, batch_size=batch_size)
     checks.check_options(cfg_scale=cfg_scale)
+    checks.check_seeds(seed, 1)
     limit = model.config.max_sequence_length
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:
@@ -69,6 +70,8 @@ def log_likelihood(
                 f"targets: {len(context)} + {len(target)} tokens given in request {i};"
                 f" a target of at least 1, {limit} together are allowed"
             )
+        if stray := [token for token in (*context, *target) if not isinstance(token, int)]:
+            raise TypeError(f"targets: request {i} holds {stray[0]!r}; ids are ints")
         inputs.check_ids(model, (*context, *target), f"targets: request {i}")
     return _estimates(model, contexts, targets, samples, seed, batch_size, cfg_scale, backend)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_engine import jsonl, published, tasks
+from dllm_engine.tokenizer import is_chat
 
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
@@ -91,14 +92,9 @@ def _plain(row: dict[str, Any], where: str) -> tasks.Sample:
 
 def _with_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
     if "messages" in row:
-        messages = row["messages"]
-        valid = isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+        valid = is_chat(row["messages"])
     else:
         valid = isinstance(row.get("prompt"), str)
     if not valid:
         raise ValueError(f'{where}: {{"prompt": str}} or {{"messages": [{{"role", "content"}}, …]}} is needed')
     return row
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -100,9 +100,7 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: b
         ValueError: a chat was asked for and the tokenizer has no template or that refuses the messages, or the text
             is no Unicode or gives no token.
     """
-    if chat is None:
-        chat = bool(getattr(tokenizer, "chat_template", None))
-    if chat or not isinstance(prompt, str):
+    if (has_template(tokenizer) if chat is None else chat) or not isinstance(prompt, str):
         text = render(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
     else:
         text = prompt
@@ -111,20 +109,35 @@ def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], *, chat: b
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         raise ValueError(f"prompt: no Unicode text given ({error})") from None
     # the template has its own start token
-    ids = tokenizer(text, add_special_tokens=text is prompt)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=text is prompt, verbose=False)["input_ids"]  # lengths are checked here
     if not ids:
         raise ValueError(f"prompt: {prompt!r} gives no token")
     return list(ids)
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def is_chat(messages: Any) -> bool:
+    """Whether it is a list of {"role", "content"}, both texts; templates take much else for a text."""
+    return isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Messages in the chat template, with the start of the answer.
 
     Raises:
-        ValueError: there is no template, or it refuses the messages.
+        ValueError: there is no template, it refuses the messages, or they are none.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise ValueError("chat: this model's tokenizer has no chat template; give plain text")
+    if not is_chat(messages):
+        raise ValueError(f'messages: {messages!r} given; a list of {{"role": str, "content": str}} is needed')
     from jinja2 import TemplateError
 
     try:

@@ -204,6 +204,8 @@ def test_errors_are_one_line_and_exit_2(
         ('{"messages": []}', "line 2"),
         ('{"messages": [{"role": "user"}]}', "line 2"),
         ("[1]", "line 2"),
+        ("[" * 200_000, "line 2: not JSON (maximum recursion depth exceeded"),
+        ('{"prompt": "x", "n": ' + "1" * 5000 + "}", "line 2: not JSON (Exceeds the limit"),
         ('{"prompt": "\\ud800"}', "line 2: half of a surrogate pair"),
         ('{"prompt": "x", "id": ["\\ud800"]}', "line 2: half of a surrogate pair"),
         (json.dumps({"prompt": "Copy " * 1000}), "prompt 1: 1008 tokens given; the model has room for 896"),
@@ -400,6 +402,7 @@ sys.exit(main(sys.argv[2:]))
     [
         ("fastapi", "serve", "the server needs more packages: pip install"),
         ("prometheus_client", "serve", "the server needs more packages: pip install"),
+        ("uvicorn", "serve", "the server needs more packages: pip install"),
         (
             "dllm_engine._cpu",
             "generate --prompt x --backend cpu",

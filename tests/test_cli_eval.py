@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_evaluate import Calls, fresh
 
 from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, cli_options, evaluate, samples, tasks
 from dllm_engine.built_in import DEMO_MODEL, trained_tasks
+from dllm_engine.cli_eval_rows import KeptRows
 from dllm_engine.evaluate import Row, Setting
 
 FILTER = DEMO_MODEL / "filter.safetensors"
@@ -85,6 +87,21 @@ def test_seeds_and_lengths_of_fresh_questions(command: Command, monkeypatch: pyt
     assert {len(sample.about["items"]) for sample in first} == {7}
     assert both[3:] == first
     assert other != first
+
+
+def test_rows_are_kept_by_all_that_decides_them(tmp_path: Path) -> None:
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    model, setting = LLaDA.from_pretrained(tmp_path / "model", device="cpu"), Setting("topk")
+
+    def file(chat: bool | None) -> Path:
+        kept = KeptRows(tmp_path / "rows", model, fresh(1), {setting: "topk"}, batch_size=1, chat=chat)
+        return kept._files[setting]
+
+    before = file(None)
+    assert file(True) == before
+    assert file(False) != before
+    (tmp_path / "model" / "chat_template.jinja").write_text("another", encoding="utf-8")
+    assert file(None) != before
 
 
 def test_resuming_decodes_only_what_is_missing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,3 +222,9 @@ def test_the_models_own_filter_at_a_threshold(tmp_path: Path) -> None:
 
     made: Any = PolicyText.parse("learn2pd@0.25").make(Shipping())  # type: ignore[arg-type]
     assert made.threshold == 0.25
+
+
+def test_the_prompt_that_is_refused_is_named(demo_model: LLaDA) -> None:
+    samples = [*fresh(1), replace(fresh(1)[0], about={"messages": [{"role": "user"}]})]
+    with pytest.raises(ValueError, match=r"^prompt 1: messages: \[{'role': 'user'}\] given; a list of"):
+        evaluate.run(demo_model, samples, TOPK)

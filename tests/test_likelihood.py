@@ -154,6 +154,7 @@ def test_targets_that_just_fit_and_settings_beside_the_model() -> None:
         ([3] * 5000, {}, "4 + 5000 tokens given"),
         ([64], {}, "targets: request 0: id 64 given; the model has ids 0 to 63"),
         ([-1], {}, "request 0: id -1 given"),
+        ([3], {"seed": -1}, "seed: -1 given"),
         ([3], {"samples": 0}, "samples: 0 given; at least 1 is needed"),
         ([3], {"batch_size": 0}, "batch_size: 0 given"),
         ([3], {"cfg_scale": -0.5}, "cfg_scale: -0.5 given; a finite number ≥ 0"),
@@ -169,3 +170,7 @@ def test_errors_come_before_the_first_call(
     for name in ("samples", "batch_size"):
         with pytest.raises(TypeError, match=f"{name}: 2.5 given; an int is needed"):
             log_likelihood(model, [CONTEXT], [[3]], **{name: 2.5})
+    with pytest.raises(TypeError, match="seed: 'a' given"):
+        log_likelihood(model, [CONTEXT], [[3]], seed="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="targets: request 0 holds 9.5; ids are ints"):
+        log_likelihood(model, [CONTEXT], [[9.5]])  # type: ignore[list-item]

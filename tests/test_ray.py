@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_engine import Engine, LLaDA, cli, decode, policies, tasks
+from dllm_engine import Engine, LearnedFilter, LLaDA, cli, decode, policies, tasks
 from dllm_engine.integrations import ray as on_ray
+from dllm_engine.integrations import ray_file
 from dllm_engine.integrations.ray_file import decode_file
 from dllm_engine.integrations.shards import COLUMNS, Shards
 from dllm_engine.tokenizer import answer_text, encode_prompt
@@ -107,11 +108,35 @@ def test_a_worker_names_the_row_that_it_cannot_decode() -> None:
     decoder = worker(**SHORT)
     for row, message in (
         ({"index": [3], "prompt": ["Copy: " + "Alan Wells " * 2000]}, r"prompt 3 has \d+ tokens"),
-        ({"index": [5], "prompt": [None]}, 'row 5: neither "prompt" nor "messages"'),
+        ({"index": [5], "prompt": [None]}, 'row 5: prompt: None given, and no "messages"; a text is needed'),
+        ({"index": [5], "prompt": [[5, 6]]}, r"row 5: prompt: \[5, 6\] given"),
+        ({"index": [6], "messages": ['"hello"']}, "row 6: messages: 'hello' given; a list is needed"),
+        ({"index": [6], "messages": ["[5]"]}, r"row 6: messages: \[5\] given; a list of {\"role\": str"),
+        ({"index": [6], "messages": [[{"role": "user"}]]}, "row 6: messages: "),
+        ({"index": [-1], "prompt": ["x"]}, "index: -1 given; a number of each row, an int ≥ 0"),
+        ({"index": ["a"], "prompt": ["x"]}, "index: 'a' given"),
         ({"index": [6], "messages": ["[{"]}, "row 6: "),
     ):
         with pytest.raises(ValueError, match=message):
             decoder(table(row))
+
+
+def test_a_filters_file_is_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later run compares is its whole path."""
+    LearnedFilter().save_pretrained(tmp_path / "net.safetensors")
+    held = []
+
+    def shards(*where: Any, settings: dict[str, Any], **how: Any) -> Any:
+        held.append(settings["policy"])
+        raise InterruptedError
+
+    monkeypatch.setattr(ray_file, "import_ray", lambda: None)
+    monkeypatch.setattr(ray_file, "Shards", shards)
+    monkeypatch.chdir(tmp_path)
+    for text in ("learn2pd=net.safetensors@0.9", f"learn2pd={tmp_path}/net.safetensors@0.9", "topk=4"):
+        with pytest.raises(InterruptedError):
+            ray_file.decode_file("rows.jsonl", "out", policy=text)
+    assert held == [f"learn2pd={tmp_path}/net.safetensors@0.9"] * 2 + ["topk=4"]
 
 
 def test_shards_hold_the_rows_in_order_and_know_what_is_missing(tmp_path: Path) -> None:
@@ -156,6 +181,10 @@ def test_shards_hold_the_rows_in_order_and_know_what_is_missing(tmp_path: Path) 
     with pytest.raises(ValueError, match="part-00000008.jsonl holds answers to more rows than the 8 of"):
         shards()
     write(file, rows)
+    for text, message in (("{}", "no seed in it"), ("[]", "holds a list"), ('{"seed"', "is not valid JSON")):
+        (output / "settings.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"settings\.json:? {message}"):
+            shards()
     (output / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"holds part-\*.jsonl, but no settings.json"):
         shards()

@@ -280,6 +280,7 @@ def test_a_key(demo_model: LLaDA) -> None:
         ({"max_queue": 0}, "max_queue: 0 given"),
         ({"max_body": -1}, "max_body: -1 given"),
         ({"timeout": 0}, "timeout: 0 given; a finite number, more than 0 seconds"),
+        ({"temperature": 5.0}, "temperature: 5.0 given; 0 to 2 allowed"),
         ({"timeout": math.inf}, "timeout: inf given; a finite number"),
         ({"timeout": math.nan}, "timeout: nan given; a finite number"),
         ({"api_key": " "}, "api_key: an empty text given"),

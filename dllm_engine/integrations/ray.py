@@ -114,6 +114,9 @@ class _Worker:
         import pyarrow
 
         rows = table.to_pylist()
+        for row in rows:
+            if not isinstance(row[INDEX], int) or row[INDEX] < 0:
+                raise ValueError(f"{INDEX}: {row[INDEX]!r} given; a number of each row, an int ≥ 0, is needed")
         gen_length = self._options["gen_length"]
         longest = self._model.config.max_sequence_length - gen_length
         prompts = [inputs.check_one(self._model, self._encode(row), row[INDEX], longest) for row in rows]
@@ -134,12 +137,14 @@ class _Worker:
         return table
 
     def _encode(self, row: dict[str, Any]) -> list[int]:
-        prompt = row.get("messages") or row.get("prompt")
+        prompt, messages = row.get("prompt"), row.get("messages")
         try:
-            if row.get("messages") and isinstance(prompt, str):
-                prompt = json.loads(prompt)
-            if not prompt:
-                raise ValueError('neither "prompt" nor "messages"')
+            if messages:
+                prompt = json.loads(messages) if isinstance(messages, str) else messages
+                if not isinstance(prompt, list):
+                    raise ValueError(f"messages: {prompt!r} given; a list is needed")
+            elif not isinstance(prompt, str):
+                raise ValueError(f'prompt: {prompt!r} given, and no "messages"; a text is needed')
             return encode_prompt(self._model.tokenizer, prompt, chat=self._chat)
         except ValueError as error:
             raise ValueError(f"row {row[INDEX]}: {error}") from None

@@ -71,7 +71,7 @@ def decode_file(
 
     began = time.perf_counter()
     checks.check_counts(workers=workers, batch_size=batch_size, rows_per_task=rows_per_task)
-    checked(options)
+    options |= checked(options)  # a filter's file by its whole path, as the model's
     model = absolute(model)
     how: dict[str, Any] = {"chat": chat, "device": device, "dtype": dtype, **options}
     held = {"model": model, "rows_per_task": rows_per_task, **dict.fromkeys(DEFAULTS), **how}

@@ -65,6 +65,8 @@ class Settings:
                 checks.check_count(name, value)
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout: {self.timeout} given; a finite number, more than 0 seconds, is needed")
+        if not 0 <= (self.temperature or 0) <= _HOTTEST:
+            raise ValueError(f"temperature: {self.temperature} given; 0 to {_HOTTEST:.0f} allowed, as in requests")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key: an empty text given; a key, or None to ask nobody, is needed")
 

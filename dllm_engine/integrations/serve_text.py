@@ -61,7 +61,7 @@ class PromptEncoder:
             return self._chat_in_parts(messages)
 
     def _reads_as_text(self, text: str) -> bool:
-        read = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        read = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return not self._ids.intersection(read) and read == self._plain(text)
 
     def _chat_in_parts(self, messages: list[dict[str, str]]) -> list[int]:
@@ -88,7 +88,11 @@ class PromptEncoder:
     def _plain(self, text: str, *, start: bool = False) -> list[int]:
         """Ids of text; ``start``: with what the tokenizer puts before a text."""
         coded = self._tokenizer(
-            text, add_special_tokens=start, split_special_tokens=True, return_special_tokens_mask=True
+            text,
+            add_special_tokens=start,
+            split_special_tokens=True,
+            return_special_tokens_mask=True,
+            verbose=False,
         )
         ids = list(coded["input_ids"])
         for i, (token, own) in enumerate(zip(ids, coded["special_tokens_mask"], strict=True)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_engine import checks, jsonl
+from dllm_engine.config import read_json
 from dllm_engine.samples import COLUMNS, check_columns, read_prompts
 
 SETTINGS_FILE = "settings.json"
@@ -96,7 +97,9 @@ class Shards:
                     f"output: {self._output} holds part-*.jsonl, but no {SETTINGS_FILE} that tells how made"
                 )
             return {"seed": checks.check_seeds(seed, 1)[0]} | settings
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = read_json(file)
+        if not isinstance(held.get("seed"), int):
+            raise ValueError(f"{file}: no seed in it; it tells how the files beside it were made")
         given = {"seed": held["seed"] if seed is None else seed} | settings
         for name in held | given:
             if held.get(name) != given.get(name):
