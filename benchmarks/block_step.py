@@ -105,12 +105,12 @@ class BlockStep:
         if {Kernels.EARLY, Kernels.PRODUCTS} <= found.keys() and not equal(
             found[Kernels.EARLY], found[Kernels.PRODUCTS]
         ):
-            wrong[Kernels.EARLY] = "a step gives something else than the same kernels one after the other"
+            wrong.setdefault(Kernels.EARLY, "a step gives something else than the same kernels one after the other")
         of_torch = found.get(Kernels.NONE, found[used])[2][:, -BLOCK:]
         for kernels, (_, _, predicted, _) in found.items():
             share = float((predicted[:, -BLOCK:] == of_torch).double().mean())
             if share < 0.5:  # random weights are sure of nothing: rounding decides some of their predictions
-                wrong[kernels] = f"{share:.0%} of the predictions are those of torch's layers"
+                wrong.setdefault(kernels, f"{share:.0%} of the predictions are those of torch's layers")
         if used in wrong:
             raise AssertionError(f"layer kernels {used.name}: {wrong[used]}")
         self.others = {kernels: loop for kernels, loop in self.others.items() if kernels not in wrong}

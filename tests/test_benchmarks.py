@@ -143,7 +143,7 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
 
     def races(self: LLaDA, *arguments: Any) -> Any:
         hidden = noted(self, *arguments)
-        return hidden + torch.randn_like(hidden) * (calls[-1] is Kernels.PRODUCTS)
+        return hidden * (-1) ** len(calls) if calls[-1] is Kernels.PRODUCTS else hidden
 
     monkeypatch.setattr(LLaDA, "hidden_states", races)
     [message] = step.left_out()
