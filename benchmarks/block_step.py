@@ -106,7 +106,7 @@ class BlockStep:
             found[Kernels.EARLY], found[Kernels.PRODUCTS]
         ):
             wrong.setdefault(Kernels.EARLY, "a step gives something else than the same kernels one after the other")
-        of_torch = found.get(Kernels.NONE, found[used])[2][:, -BLOCK:]
+        of_torch = found[Kernels.NONE][2][:, -BLOCK:]
         for kernels, (_, _, predicted, _) in found.items():
             share = float((predicted[:, -BLOCK:] == of_torch).double().mean())
             if share < 0.5:  # random weights are sure of nothing: rounding decides some of their predictions

@@ -90,7 +90,7 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     for name in ("DLLM_BACKEND", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):  # images may set the last
         environment.pop(name, None)
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         log = args.output / "gpu.log"

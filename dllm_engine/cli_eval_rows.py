@@ -45,13 +45,12 @@ class KeptRows:
             return
         directory.mkdir(parents=True, exist_ok=True)
         # weights, the model's own filter among them, and what makes ids of prompts and texts of answers
-        files = (
-            [f for kind in ("safetensors", "json", "jinja") for f in model.path.glob(f"*.{kind}")] if model.path else []
-        )
+        beside = model.path.iterdir() if model.path else ()
+        files = sorted(file for file in beside if file.suffix in (".safetensors", ".json", ".jinja"))
         about = {
             "dllm_engine": __version__,
             "model": str(model.path and model.path.resolve()),
-            "files": [_stamp(file) for file in sorted(files)],
+            "files": [_stamp(file) for file in files],
             "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
             "batch_size": batch_size,
             "chat": has_template(model.tokenizer) if chat is None else chat,

@@ -61,7 +61,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 def check_counts(args: argparse.Namespace, *names: str) -> None:
     """Those that were given must be at least 1; the ValueError names the option."""
     for name in names:
-        for value in given if isinstance(given := getattr(args, name), list) else [given]:
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
             if value is not None:
                 checks.check_count("--" + name.replace("_", "-"), value)
 

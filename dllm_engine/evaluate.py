@@ -18,7 +18,7 @@ from dllm_engine.options import Options
 from dllm_engine.policies import Policy
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.samples import EXACT, is_right
-from dllm_engine.tokenizer import answer_text, encode_prompt
+from dllm_engine.tokenizer import answer_text, encode_each
 
 _Z_ONE_SIDED, _Z_TWO_SIDED = 1.645, 1.96  # 95 %
 _NORMAL_FROM = 10  # discordant pairs; with fewer the normal approximation claims too much
@@ -99,13 +99,8 @@ def run_all(
     """
     if not samples or batch_size < 1:
         raise ValueError(f"samples, batch_size: {len(samples)}, {batch_size} given; at least 1 of each is needed")
-    prompts = []
-    for i, sample in enumerate(samples):
-        own = sample.about.get("messages", sample.prompt)
-        try:
-            prompts.append(encode_prompt(model.tokenizer, own, chat=chat if sample.task == EXACT else True))
-        except ValueError as error:
-            raise ValueError(f"prompt {i}: {error}") from None
+    asked = ((s.about.get("messages", s.prompt), chat if s.task == EXACT else True) for s in samples)
+    prompts = encode_each(model.tokenizer, asked)
     longest = max(map(len, prompts))
     runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
     for first in range(0, len(samples), batch_size):

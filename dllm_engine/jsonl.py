@@ -30,10 +30,8 @@ def read(file: str | Path, limit: int | None = None) -> list[tuple[str, dict[str
 def _objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         for number, line in enumerate(lines, 1):
-            text, where = (
-                line.removeprefix("\ufeff") if number == 1 else line,
-                f"{name}, line {number}",
-            )  # a byte-order mark
+            text = line.removeprefix("\ufeff") if number == 1 else line  # a byte-order mark
+            where = f"{name}, line {number}"
             if not text.strip():
                 continue
             try:

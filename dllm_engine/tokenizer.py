@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ def _texts(value: Any) -> list[str]:
     """A token is a text or an object with its "content"; there may be a list or, by names, an object of them."""
     if isinstance(value, dict):
         value = value["content"] if "content" in value else list(value.values())
-    return (
-        [value] if isinstance(value, str) else [t for v in value for t in _texts(v)] if isinstance(value, list) else []
-    )
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one)]
+    return [value] if isinstance(value, str) else []
 
 
 def load_tokenizer(directory: Path | None) -> Any:
@@ -152,10 +153,19 @@ def encode_rows(tokenizer: Any, rows: list[dict[str, Any]], *, chat: bool | None
     Raises:
         ValueError: as there, naming the row by its index.
     """
+    return encode_each(tokenizer, ((row.get("messages") or row["prompt"], chat) for row in rows))
+
+
+def encode_each(tokenizer: Any, asked: Iterable[tuple[str | list[dict[str, str]], bool | None]]) -> list[list[int]]:
+    """`encode_prompt` of pairs of its prompt and ``chat``.
+
+    Raises:
+        ValueError: as there, naming the prompt by its index.
+    """
     prompts = []
-    for i, row in enumerate(rows):
+    for i, (prompt, chat) in enumerate(asked):
         try:
-            prompts.append(encode_prompt(tokenizer, row.get("messages") or row["prompt"], chat=chat))
+            prompts.append(encode_prompt(tokenizer, prompt, chat=chat))
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
     return prompts

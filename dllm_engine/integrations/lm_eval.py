@@ -16,6 +16,7 @@ from typing import Any
 from dllm_engine import built_in, checks, likelihood
 from dllm_engine.engine import Engine
 from dllm_engine.options import DEFAULTS, Options, default
+from dllm_engine.tokenizer import has_template
 
 try:
     from lm_eval import utils
@@ -121,7 +122,7 @@ class DLLMEngine(TemplateLM):
         return str(self.model.path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not has_template(self.tokenizer):
             raise ValueError("apply_chat_template: this model's tokenizer has no chat template; leave the option out")
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,

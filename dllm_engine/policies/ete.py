@@ -41,5 +41,6 @@ class ExploreExploit(Policy):
     def score(self, stats: RowStats, state: BlockState) -> Tensor:
         few = self.select(stats, state).sum(1, keepdim=True) < self.enough
         explored = ranking(stats.entropy, state.undecided).argsort(dim=1) == 0
+        # the one to explore is ahead of all others, even those of infinite odds
         finite = stats.log_odds.clamp_max(torch.finfo(torch.float32).max)
         return torch.where(few & explored, torch.inf, finite)
