@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dllm_engine import LLaDA, cli, cli_options, evaluate, published
+from dllm_engine import LLaDA, cli, cli_options, evaluate, published, tokenizer
 from dllm_engine.decode import decode
 from dllm_engine.published import final_number, parse_list
 from dllm_engine.samples import is_right
@@ -259,11 +259,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_parallelbench(command: Command, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def encode(tokenizer: Any, prompt: Any, *, chat: bool) -> list[int]:
+    def encode(tokenizer: Any, prompt: Any, *, chat: bool | None) -> list[int]:
         asked.append((prompt, chat))
         return encode_prompt(tokenizer, prompt, chat=chat)
 
-    monkeypatch.setattr(evaluate, "encode_prompt", encode)
+    monkeypatch.setattr(tokenizer, "encode_prompt", encode)
     monkeypatch.setattr(evaluate, "answer_text", lambda model, ids: LIST)  # right for one copy in two
     arguments = ("--benchmark", "parallelbench", "--data", str(data), "--policy", "topk=8", "threshold")
     status, records, err, _ = command(*arguments, "--json")
