@@ -24,6 +24,28 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
+# The same of a mixture of experts (LLaDA-MoE), and what it calls the sizes. Its code takes a softmax over the experts
+# and leaves the shares of the chosen ones as they are, whatever moe_router_score_function and norm_topk_prob say.
+_FIXED_OF_MIXTURES: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "clip_qkv": (None,),
+    "hidden_act": ("silu",),
+    "moe_router_enable_expert_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "rope_scaling": (None,),
+    "routed_scaling_factor": (1, None),
+    "shared_expert_intermediate_size": (None,),
+    "tie_word_embeddings": (False,),
+}
+_NAMES_OF_MIXTURES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "expert_intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+}
 
 
 class ModelFacts(Protocol):
@@ -42,11 +64,14 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """Sizes, ids and constants of a LLaDA model (LLaDA-8B, LLaDA-1.5, iLLaDA: one family).
+    """Sizes, ids and constants of a LLaDA model (LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE: one family).
 
     Attributes:
+        mlp_hidden_size: of a layer's MLP, or of each expert.
         embedding_size: rows of the embedding and of the LM head; at least ``vocab_size``.
         eos_token_ids: end ids named by the config. `LLaDA.end_ids` adds the tokenizer's and generation config's.
+        num_experts, num_experts_per_tok: of each layer, and how many of them a row is sent to; 0 without a mixture.
+        qk_norm: whether each head's query and key are normed before RoPE.
     """
 
     d_model: int
@@ -63,6 +88,9 @@ class LLaDAConfig:
     rope_theta: float
     weight_tying: bool
     include_qkv_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    qk_norm: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -75,27 +103,31 @@ class LLaDAConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> LLaDAConfig:
-        """Read the original (OLMo-style) keys of a LLaDA ``config.json``.
+        """Read the original (OLMo-style) keys of a LLaDA ``config.json``, or those of a LLaDA-MoE.
 
         Raises:
             ValueError: another architecture, a missing key, or a setting that this transformer does not compute.
         """
-        if raw.get("model_type") != "llada":
+        if raw.get("model_type") not in ("llada", "lladamoe"):
             raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' checkpoints")
-        if raw.get("num_experts"):
-            raise ValueError(f"{source}: num_experts is {raw['num_experts']!r}; mixtures of experts are not supported")
-        for key, allowed in _FIXED.items():
+        mixture = bool(raw.get("num_experts"))
+        for key, allowed in (_FIXED_OF_MIXTURES if mixture else _FIXED).items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
 
+        def name(key: str) -> str:
+            return _NAMES_OF_MIXTURES.get(key, key) if mixture else key
+
         def need(key: str) -> Any:
-            if raw.get(key) is None:
+            if raw.get(name(key)) is None:
                 hint = " (without it no position can be masked)" if key == "mask_token_id" else ""
-                raise ValueError(f"{source}: key {key!r} is missing{hint}")
-            return raw[key]
+                raise ValueError(f"{source}: key {name(key)!r} is missing{hint}")
+            return raw[name(key)]
 
         def count(key: str, instead: int | None = None) -> int:
-            return instead if instead is not None and not raw.get(key) else _whole(need(key), key, source)
+            if instead is not None and not raw.get(name(key)):
+                return instead
+            return _whole(need(key), name(key), source)
 
         def real(key: str) -> float:
             value = need(key)
@@ -105,18 +137,20 @@ class LLaDAConfig:
 
         def flag(key: str, value: Any) -> bool:
             if not isinstance(value, bool):
-                raise ValueError(f"{source}: {key} is {value!r}; true or false is needed")
+                raise ValueError(f"{source}: {name(key)} is {value!r}; true or false is needed")
             return value
 
-        d_model, n_heads = count("d_model"), count("n_heads")
+        d_model, n_heads, n_layers = count("d_model"), count("n_heads"), count("n_layers")
+        if mixture and need("moe_layer_freq") != [1] * n_layers:
+            raise ValueError(f"{source}: moe_layer_freq is {raw['moe_layer_freq']!r}; supported: 1 for each layer")
         vocab_size = count("vocab_size")
         config = cls(
             d_model=d_model,
-            n_layers=count("n_layers"),
+            n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=count("n_kv_heads", 1 if raw.get("multi_query_attention") else n_heads),
             mlp_hidden_size=count("mlp_hidden_size")
-            if raw.get("mlp_hidden_size")
+            if mixture or raw.get("mlp_hidden_size")
             else int(real("mlp_ratio") * d_model),
             vocab_size=vocab_size,
             embedding_size=count("embedding_size", vocab_size),
@@ -127,6 +161,9 @@ class LLaDAConfig:
             rope_theta=real("rope_theta"),
             weight_tying=flag("weight_tying", need("weight_tying")),
             include_qkv_bias=flag("include_qkv_bias", raw.get("include_qkv_bias") or False),
+            num_experts=count("num_experts") if mixture else 0,
+            num_experts_per_tok=count("num_experts_per_tok") if mixture else 0,
+            qk_norm=mixture and flag("qk_layernorm", raw.get("qk_layernorm") or False),
         )
         config._check(source)
         return config
@@ -146,6 +183,11 @@ class LLaDAConfig:
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{source}: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"{source}: num_experts_per_tok is {self.num_experts_per_tok}; 1 to num_experts, {self.num_experts},"
+                " is needed"
+            )
         if self.embedding_size < self.vocab_size:
             raise ValueError(f"{source}: embedding_size {self.embedding_size} < vocab_size {self.vocab_size}")
         if not self.eos_token_ids:

@@ -117,7 +117,9 @@ class BlockCalls:
         kernels = allowed[given]
         if kernels is Kernels.EARLY and (reason := early.unavailable(self.model.device)):
             raise ValueError(f"DLLM_LAYER_KERNELS: {given} cannot be had here: {reason}")
-        return kernels if all(self.forward.joined) and self.model.config.d_model <= layer.MAX_SIZE else Kernels.NONE
+        config = self.model.config
+        fits = config.d_model <= layer.MAX_SIZE and not config.num_experts and not config.qk_norm
+        return kernels if all(self.forward.joined) and fits else Kernels.NONE
 
     @property
     def captures(self) -> bool:

@@ -1,4 +1,4 @@
-"""A layer of LLaDA's transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU.
+"""A layer of LLaDA's transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU or experts.
 
 The module names are the checkpoint's own, so the name map is one prefix (`weights.PREFIX`).
 """
@@ -58,7 +58,7 @@ class Embedding(nn.Embedding):
 
 def plain(module: nn.Module) -> bool:
     """Whether to multiply by the module's weight is to call it: it is one of ours, and nobody hooked it."""
-    ours = type(module) in (Linear, Embedding, RMSNorm, Block, nn.ModuleList)
+    ours = type(module) in (Linear, Embedding, RMSNorm, Mixture, Block, nn.ModuleList)
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return ours and not hooks
 
@@ -73,11 +73,13 @@ class Kernels(IntEnum):
 
 
 class Joined(NamedTuple):
-    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D]."""
+    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D] (None of a
+    mixture).
+    """
 
     qkv: Tensor
     bias: Tensor | None
-    gate_up: Tensor
+    gate_up: Tensor | None
 
 
 def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
@@ -95,8 +97,62 @@ def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
+class Mixture(nn.Module):
+    """A gated MLP of many experts (LLaDA-MoE, arXiv 2509.24389): each row goes through the k that a router likes most,
+    and their outputs are added up, each times its share of a softmax over all experts.
+
+    Attributes:
+        gate: the router [E, D].
+        gate_up: [E, 2 F, D], an expert's gate before its up-projection. down: [E, D, F].
+    """
+
+    WIDE_ROWS = 1024  # a choice that nothing has measured yet
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        experts, d, f = config.num_experts, config.d_model, config.mlp_hidden_size
+        self.chosen = config.num_experts_per_tok
+        self.gate = Linear(d, experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * f, d))
+        self.down = nn.Parameter(torch.empty(experts, d, f))
+        for parameter in (self.gate_up, self.down):
+            if not parameter.is_meta:
+                nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] to the same."""
+        rows = x.flatten(0, 1)
+        shares, experts = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.chosen)
+        # A block's rows on a GPU read nearly every expert anyway: to compute all takes little longer, and the host,
+        # which a graph cannot ask, need not know who chose whom.
+        wide = rows.is_cuda and (len(rows) <= self.WIDE_ROWS or torch.cuda.is_current_stream_capturing())
+        return (self._wide if wide else self._routed)(rows, shares, experts).view_as(x)
+
+    def _routed(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """Expert by expert, over the rows that chose it."""
+        order = experts.flatten().argsort(stable=True)
+        counts = experts.flatten().bincount(minlength=len(self.down)).tolist()  # host: which rows are whose
+        row, share = order // self.chosen, shares.flatten()[order, None].to(rows.dtype)
+        out = torch.zeros_like(rows)
+        for expert, (at, of) in enumerate(zip(row.split(counts), share.split(counts), strict=True)):
+            if len(at):
+                gate, up = F.linear(rows[at], self.gate_up[expert]).chunk(2, dim=-1)
+                out.index_add_(0, at, F.linear(F.silu(gate) * up, self.down[expert]) * of)
+        return out
+
+    def _wide(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """All experts, those that a row did not choose with no share."""
+        share = torch.zeros(len(rows), len(self.down), device=rows.device).scatter_(1, experts, shares).to(rows.dtype)
+        gate, up = F.linear(rows, self.gate_up.flatten(0, 1)).unflatten(1, (len(self.down), -1)).chunk(2, dim=-1)
+        each = torch.bmm((F.silu(gate) * up).transpose(0, 1), self.down.transpose(1, 2))
+        share = share.T[..., None]
+        return (each * share).masked_fill_(share == 0, 0).sum(0)  # 0 times what overflowed is no 0
+
+
 class Block(nn.Module):
-    """A layer: attention over all keys that are seen, then a gated MLP, each with RMSNorm before and a sum behind."""
+    """A layer: attention over all keys that are seen, then a gated MLP or a mixture of them, each with RMSNorm before
+    and a sum behind.
+    """
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -107,7 +163,14 @@ class Block(nn.Module):
         self.k_proj = Linear(d, kv_size, bias=bias)
         self.v_proj = Linear(d, kv_size, bias=bias)
         self.attn_out = Linear(d, d, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.ff_norm = RMSNorm(d, config.rms_norm_eps)
+        self.qk_norm, self.mixed = config.qk_norm, config.num_experts > 0
+        if self.mixed:
+            self.experts = Mixture(config)
+            return
         self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
         self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
         self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
@@ -117,8 +180,8 @@ class Block(nn.Module):
         qkv = self.q_proj, self.k_proj, self.v_proj
         biases: list[Tensor] = [proj.bias for proj in qkv if proj.bias is not None]
         matrices = one_behind_the_other([proj.weight for proj in qkv])
-        gate_up = one_behind_the_other([self.ff_proj.weight, self.up_proj.weight])
-        if matrices is None or gate_up is None:
+        gate_up = None if self.mixed else one_behind_the_other([self.ff_proj.weight, self.up_proj.weight])
+        if matrices is None or (gate_up is None and not self.mixed):
             return None
         return Joined(matrices, torch.cat(biases) if biases else None, gate_up)
 
@@ -148,6 +211,9 @@ class Block(nn.Module):
         else:
             qkv = F.linear(h, joined.qkv, joined.bias)
         qk, v = qkv.view(b, s, -1, self.head_dim).transpose(1, 2).split((self.heads + self.kv_heads, self.kv_heads), 1)
+        if self.qk_norm:
+            q, k = qk.split((self.heads, self.kv_heads), 1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         q, k = apply_rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.write(k, v)  # keys are cached after RoPE: they are never rotated again
@@ -159,7 +225,9 @@ class Block(nn.Module):
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.heads != self.kv_heads)
         x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
         h = self.ff_norm(x)
-        if joined is None:
+        if self.mixed:
+            return x + self.experts(h)
+        if joined is None or joined.gate_up is None:
             gate, up = self.ff_proj(h), self.up_proj(h)
         else:
             gate, up = F.linear(h, joined.gate_up).chunk(2, dim=-1)
@@ -176,6 +244,7 @@ class Block(nn.Module):
         kernels: Kernels = Kernels.BETWEEN,
     ) -> tuple[Tensor, Tensor | Parts]:
         """`forward` of ``x + delta`` in a quarter of the launches: a sum that is due is part of the norm that follows.
+        Not of a mixture, nor with norms of queries and keys.
 
         Returns:
             The residual stream and what is still to be added to it.
@@ -186,6 +255,7 @@ class Block(nn.Module):
 
         assert cache.columns is not None
         assert cache.seen is not None
+        assert joined.gate_up is not None
         early = kernels >= Kernels.EARLY
         own = kernels >= Kernels.PRODUCTS and products.fits(x)
 

@@ -65,7 +65,10 @@ class LLaDA(nn.Module):
         """
         target, target_dtype = weights.device_of(device), weights.dtype_of(dtype)
         directory = weights.find(path)
-        config = LLaDAConfig.from_dict(read_json(directory / "config.json"), str(directory / "config.json"))
+        raw = read_json(directory / "config.json")
+        if raw.get("mask_token_id") is None:  # LLaDA-MoE's tokenizer alone knows it
+            raw["mask_token_id"] = read_facts(directory).mask_id
+        config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
         weights.load_(model, directory, tied=config.weight_tying, device=target, dtype=target_dtype)
         model._describe(directory)
@@ -80,15 +83,21 @@ class LLaDA(nn.Module):
         the head up to the config's ``vocab_size`` may be written.
 
         Raises:
-            TypeError: not a module. ValueError: no LLaDA, tensors that are not all on one device, or a ``vocab_size``
-                beyond the embedding.
+            TypeError: not a module. ValueError: no LLaDA, a mixture of experts, tensors that are not all on one device,
+                or a ``vocab_size`` beyond the embedding.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
         raw, given = getattr(module, "config", None), type(module).__name__
         if raw is None or not hasattr(raw, "to_dict"):
             raise ValueError(f"model: {given} has no transformers config; a loaded LLaDAModelLM is needed")
-        config = LLaDAConfig.from_dict(raw.to_dict(), f"{given}.config")
+        settings = raw.to_dict()
+        if settings.get("num_experts"):
+            raise ValueError(
+                f"model: {given} is a mixture of experts, whose tensors lie one by one and cannot be shared; load its"
+                " directory with LLaDA.from_pretrained"
+            )
+        config = LLaDAConfig.from_dict(settings, f"{given}.config")
         model = cls._empty(config)
         weights.share_(model, module, tied=config.weight_tying)
         if (directory := weights.loaded_from(raw)) is not None:

@@ -9,22 +9,24 @@ from typing import Any
 
 from dllm_engine.config import read_json
 
-# The names under which the LLaDA family (and Llama 3, whose template it borrows) ends a turn. A model may end an answer
-# with it before any eos token, so it ends the text; its id comes from the tokenizer.
-_END_OF_TURN = "<|eot_id|>"
+# The names under which the LLaDA family ends a turn (LLaDA, with Llama 3's template; LLaDA-MoE). A model may end an
+# answer with it before any eos token, so it ends the text; its id comes from the tokenizer.
+_END_OF_TURN = "<|eot_id|>", "<|role_end|>"
+_MASK = "<|mdm_mask|>", "<|mask|>"  # the same of the mask, where no file says which token it is
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """size: ``len(tokenizer)``, None without a tokenizer. end_ids: eos and end-of-turn ids."""
+    """size: ``len(tokenizer)``, None without one. end_ids: eos and end-of-turn ids. mask_id: of the mask token."""
 
     size: int | None
     end_ids: tuple[int, ...]
+    mask_id: int | None
 
 
 def read_facts(directory: Path) -> TokenizerFacts:
-    """Size and end ids of the tokenizer in a checkpoint directory.
+    """What a checkpoint's tokenizer says about the vocabulary.
 
     Raises:
         ValueError: one of the tokenizer's files cannot be read.
@@ -32,7 +34,7 @@ def read_facts(directory: Path) -> TokenizerFacts:
     file = directory / "tokenizer.json"
     if not file.exists():
         if not (directory / "tokenizer_config.json").exists():
-            return TokenizerFacts(None, ())
+            return TokenizerFacts(None, (), None)
         return _facts_of(load_tokenizer(directory))  # a slow tokenizer without tokenizer.json
     from tokenizers import Tokenizer
 
@@ -43,13 +45,20 @@ def read_facts(directory: Path) -> TokenizerFacts:
     special = _special_tokens(directory)
     if any(fast.token_to_id(token) is None for tokens in special.values() for token in tokens):
         return _facts_of(load_tokenizer(directory))  # which adds them to the vocabulary
-    ids = (fast.token_to_id(token) for token in (*special.get("eos_token", ()), _END_OF_TURN))
-    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), tuple(i for i in ids if i is not None))
+    ends, masks = (
+        [i for token in (*special.get(key, ()), *names) if (i := fast.token_to_id(token)) is not None]
+        for key, names in (("eos_token", _END_OF_TURN), ("mask_token", _MASK))
+    )
+    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), tuple(ends), next(iter(masks), None))
 
 
 def _facts_of(tokenizer: Any) -> TokenizerFacts:
-    found = (tokenizer.eos_token_id, tokenizer.get_vocab().get(_END_OF_TURN))
-    return TokenizerFacts(len(tokenizer), tuple(i for i in found if i is not None))
+    ids = tokenizer.get_vocab()
+    ends, masks = (
+        [i for i in (named, *map(ids.get, names)) if i is not None]
+        for named, names in ((tokenizer.eos_token_id, _END_OF_TURN), (tokenizer.mask_token_id, _MASK))
+    )
+    return TokenizerFacts(len(tokenizer), tuple(ends), next(iter(masks), None))
 
 
 def _special_tokens(directory: Path) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from dllm_engine.config import read_json
 
 PREFIX = "model.transformer."  # checkpoint name = PREFIX + the name in our module
 HEAD = "ff_out.weight"
+# what a mixture of experts (LLaDA-MoE) calls our modules
+_OF_MIXTURES = {
+    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers",
+    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "attn_out": "self_attn.o_proj", "experts": "mlp",
+}  # fmt: skip
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -38,7 +45,7 @@ def share_(module: nn.Module, other: nn.Module, *, tied: bool) -> None:
     given = {n.removeprefix(PREFIX): p.detach() for n, p in other.named_parameters() if n.startswith(PREFIX)}
     if tied and HEAD in given and given[HEAD].data_ptr() == given["wte.weight"].data_ptr():
         del given[HEAD]
-    _match(module, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
+    _match(_places(module), {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
     floats, devices = {t.dtype for t in given.values()}, {str(t.device) for t in given.values()}
     if len(devices) != 1 or devices == {"meta"}:
         raise ValueError(f"model: tensors are on {', '.join(sorted(devices))}; all on one device are needed")
@@ -49,7 +56,7 @@ def share_(module: nn.Module, other: nn.Module, *, tied: bool) -> None:
 
 def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Weights that lie as `load_` lays them, and are anything."""
-    _assign(module, _allocate({name: tuple(p.shape) for name, p in module.named_parameters()}, device, dtype))
+    _assign(module, _allocate(module, device, dtype))
 
 
 def addresses(module: nn.Module, prefix: str = "") -> dict[str, int]:
@@ -145,7 +152,7 @@ def _read(
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-    files, stored, shapes = {}, {}, {}
+    files, stored, shapes, places = {}, {}, {}, _places(module)
     for file, listed in shards.items():
         try:
             files[file] = safe_open(file, framework="pt", device="cpu")
@@ -169,20 +176,21 @@ def _read(
         del stored[HEAD], shapes[HEAD]
     if not tied and HEAD not in stored and "wte.weight" in stored:
         raise ValueError(f"config.json says weight_tying false, but {PREFIX}{HEAD} (the LM head) is not in the weights")
-    _match(module, shapes, "the checkpoint")
+    _match(places, shapes, "the checkpoint")
 
-    file, full = stored["wte.weight"]
+    file, full = stored[next(name for name, place in places.items() if place.parameter == "wte.weight")]
     dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
-    tensors = _allocate(shapes, device, dtype)
+    tensors = _allocate(module, device, dtype)
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
         for name, (where, full) in stored.items():
             if where == file:
-                tensors[name].copy_(files[file].get_tensor(full))
+                tensors[places[name].parameter][places[name].at].copy_(files[file].get_tensor(full))
     return tensors
 
 
-def _allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Where the weights go; those of a layer that are multiplied by the same input lie one behind the other."""
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         layer, _, part = name.removesuffix(".weight").rpartition(".")
@@ -198,19 +206,46 @@ def _allocate(shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: t
 # -- module ---------------------------------------------------------------------------------------------------------
 
 
-def _match(module: nn.Module, shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    expected = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+class _Place(NamedTuple):
+    """Where a tensor of a checkpoint goes: a parameter, or a part of one, its shape, and the tensor's whole name."""
+
+    parameter: str
+    at: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+    full: str
+
+
+def _places(module: nn.Module) -> dict[str, _Place]:
+    """By name in the checkpoint, without ``PREFIX``."""
+    places: dict[str, _Place] = {}
+    mixed = any(name.endswith("experts.down") for name, _ in module.named_parameters())
+    for name, p in module.named_parameters():
+        stored = ".".join(_OF_MIXTURES.get(part, part) for part in name.split(".")) if mixed else name
+        parts: dict[str, tuple[int | slice, ...]] = {stored: ()}
+        layer, _, part = stored.rpartition(".")
+        if part == "gate_up":
+            half = p.shape[1] // 2
+            halves = {"gate_proj": slice(half), "up_proj": slice(half, None)}
+            parts = {f"{layer}.experts.{e}.{n}.weight": (e, h) for e in range(len(p)) for n, h in halves.items()}
+        elif part == "down":
+            parts = {f"{layer}.experts.{e}.down_proj.weight": (e,) for e in range(len(p))}
+        for file_name, at in parts.items():
+            places[file_name] = _Place(name, at, tuple(p[at].shape), file_name if mixed else PREFIX + file_name)
+    return places
+
+
+def _match(places: dict[str, _Place], shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    missing, unknown = sorted(places.keys() - shapes.keys()), sorted(shapes.keys() - places.keys())
     if missing:
         instead = f"; {unknown[0]}, which it has, is none of this model's" if unknown else ""
-        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {PREFIX}{missing[0]}{instead}")
+        first = places[missing[0]].full
+        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {first}{instead}")
     if unknown:
         raise ValueError(f"{source}: {len(unknown)} tensors that this model has no place for, the first: {unknown[0]}")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ValueError(
-                f"{source}: {PREFIX}{name} has shape {list(shapes[name])}, config.json needs {list(shape)}"
-            )
+    for name, place in places.items():
+        if shapes[name] != place.shape:
+            given, needed = list(shapes[name]), list(place.shape)
+            raise ValueError(f"{source}: {place.full} has shape {given}, config.json needs {needed}")
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:

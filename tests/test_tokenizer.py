@@ -25,6 +25,7 @@ class Python:
     """A tokenizer without tokenizer.json."""
 
     eos_token_id = END
+    mask_token_id = None
 
     def __len__(self) -> int:
         return 6
@@ -75,6 +76,8 @@ def test_size_and_ends_count_added_tokens(directory: Path, tmp_path: Path, monke
         ("special_tokens_map.json", "eos_token", "hello"),
         ("tokenizer_config.json", "extra_special_tokens", {"image_token": "[image]"}),
         ("tokenizer_config.json", "add_bos_token", True),
+        ("tokenizer_config.json", "mask_token", "hello"),
+        ("special_tokens_map.json", "mask_token", "[mask]"),
     ],
 )
 def test_special_tokens_are_those_that_transformers_finds(
@@ -89,6 +92,7 @@ def test_special_tokens_are_those_that_transformers_finds(
         (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     facts, real = read_facts(tmp_path), load_tokenizer(tmp_path)
     assert (facts.size, facts.end_ids) == (len(real), (real.eos_token_id, TURN))
+    assert facts.mask_id == real.mask_token_id
 
 
 def test_a_special_token_that_is_no_text_is_named(directory: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path
         ({"weight_tying": None}, "key 'weight_tying' is missing"),
         ({"weight_tying": "false"}, "weight_tying is 'false'; true or false is needed"),
         ({"include_qkv_bias": "false"}, "include_qkv_bias is 'false'; true or false is needed"),
-        ({"num_experts": 64, "d_model": None}, "num_experts is 64; mixtures of experts are not supported"),
+        ({"num_experts": 64, "d_model": None}, "key 'hidden_size' is missing"),
         ({"rope_theta": 0}, "rope_theta is 0.0, rms_norm_eps 1e-05; above 0 and at least 0 are needed"),
         ({"rms_norm_eps": -1}, "rms_norm_eps -1.0; above 0 and at least 0"),
         ({"eos_token_id": None}, "key 'eos_token_id' is missing"),

@@ -1,0 +1,269 @@
+"""LLaDA-MoE: transformers' Qwen3-MoE, seen by no causal mask, computes the same, in code of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import naive
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from dllm_engine import LLaDA, LLaDAConfig, decode
+from dllm_engine.layers import Mixture
+
+RAW: dict[str, Any] = {
+    "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "vocab_size": 64, "hidden_size": 32,
+    "dense_intermediate_size": 96, "expert_intermediate_size": 24, "shared_expert_intermediate_size": None,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu",
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 50000, "partial_rotary_factor": 1,
+    "rope_scaling": None, "attention_bias": False, "clip_qkv": None, "tie_word_embeddings": False,
+    "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": None, "qk_layernorm": True, "moe_layer_freq": [1, 1],
+    "moe_router_enable_expert_bias": False, "moe_router_score_function": "softmax", "routed_scaling_factor": 1,
+    "router_num_group": None, "router_topk_group": None, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+MASK = 59
+IDS = torch.tensor([[3, 4, 40, 12, 50, 59, 59, 7], [9, 59, 22, 31, 59, 2, 8, 59]])
+
+
+def reference(raw: dict[str, Any] = RAW, seed: int = 0) -> Any:
+    """Random, and peaked enough that rounding decides nothing."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=raw["num_attention_heads"], num_key_value_heads=raw["num_key_value_heads"],
+        head_dim=raw["hidden_size"] // raw["num_attention_heads"], rms_norm_eps=raw["rms_norm_eps"],
+        max_position_embeddings=raw["max_position_embeddings"], moe_intermediate_size=raw["expert_intermediate_size"],
+        num_experts=raw["num_experts"], num_experts_per_tok=raw["num_experts_per_tok"], norm_topk_prob=False,
+        decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False, attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": float(raw["rope_theta"])}, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        scale, offset = (1.6 * parameter.shape[-1] ** -0.5, 0.0) if parameter.ndim > 1 else (0.2, 1.0)
+        parameter.normal_(offset, scale, generator=generator)
+    return model
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    everything = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
+    return model(ids, attention_mask=everything, use_cache=False).logits
+
+
+def write(model: Any, directory: Path, raw: dict[str, Any] = RAW, dtype: torch.dtype = torch.float32) -> Path:
+    """The checkpoint under LLaDA-MoE's names, expert by expert, with a tokenizer that names the mask token."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(tensor):
+                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
+                    tensors[name.replace("gate_up_proj", f"{e}.{part}.weight")] = half
+        elif name.endswith("experts.down_proj"):
+            tensors |= {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    directory.mkdir()
+    save_file({name: t.to(dtype).clone() for name, t in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    made = Tokenizer(WordLevel({f"w{i}": i for i in range(61) if i not in (1, 2, MASK)} | NAMED, unk_token="w0"))
+    made.add_special_tokens([AddedToken(name, special=True) for name in NAMED])
+    made.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+NAMED = {"<|endoftext|>": 1, "<|role_end|>": 2, "<|mask|>": MASK}
+
+
+@pytest.fixture(scope="module")
+def truth() -> Any:
+    return reference()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(truth: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(truth, tmp_path_factory.mktemp("mixture") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LLaDA:
+    return LLaDA.from_pretrained(checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 2}, {"num_experts_per_tok": 1}, {"num_experts_per_tok": 6}], ids=str
+)
+def test_logits_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    raw = RAW | changes
+    other = reference(raw, seed=3)
+    expected = logits_of(other, IDS)
+    loaded = LLaDA.from_pretrained(write(other, tmp_path / "model", raw), device="cpu")
+    assert torch.allclose(loaded(IDS), expected, atol=1e-4)
+    assert float(expected.std()) > 1
+
+
+def test_what_the_tokenizer_alone_knows(model: LLaDA) -> None:
+    assert (model.mask_id, model.end_ids, model.vocab_size) == (MASK, (1, 2), 61)
+
+
+def test_a_decode_writes_what_the_naive_loop_does(truth: Any, model: LLaDA) -> None:
+    facts = {"mask_id": MASK, "fill_id": 1, "vocab_size": 61}
+
+    class Slow(SimpleNamespace):
+        def __call__(self, ids: Tensor) -> Tensor:
+            return logits_of(truth, ids)
+
+    prompts = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17]]
+    sizes = {"steps": 16, "gen_length": 16, "block_length": 8}
+    expected = [naive.generate(Slow(**facts), prompt, **sizes) for prompt in prompts]
+    out = decode(model, prompts, **sizes, policy="topk", cache="none", end_of_text="off")
+    for row, whole in zip(out.sequences.tolist(), expected, strict=True):
+        assert row[-16:] == whole[-16:]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_batch_gives_each_what_it_gets_alone(model: LLaDA, cache: str) -> None:
+    prompts = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17], [11]]
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "policy": "threshold=0.5", "cache": cache}
+    together = decode(model, prompts, **settings)
+    for row, prompt in zip(together.sequences, prompts, strict=True):
+        alone = decode(model, [prompt], **settings)
+        assert torch.equal(row[-32:], alone.sequences[0, -32:])
+
+
+def random_mixture(dtype: torch.dtype = torch.float32) -> tuple[Mixture, Tensor]:
+    mixture = Mixture(LLaDAConfig.from_dict(RAW | {"mask_token_id": MASK})).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mixture.parameters():
+        parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    return mixture.to(dtype), torch.randn(40, 32, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("way", ["_routed", "_wide"])
+def test_both_ways_are_the_formula(way: str) -> None:
+    mixture, rows = random_mixture()
+    shares, experts = mixture.gate(rows).softmax(-1).topk(2)
+    out = getattr(mixture, way)(rows, shares, experts)
+    weights = [p.double() for p in (mixture.gate.weight, mixture.gate_up, mixture.down)]
+    for row, given in zip(out, rows.double(), strict=True):
+        likes = torch.exp(weights[0] @ given)
+        expected = torch.zeros(32, dtype=torch.float64)
+        for e in likes.argsort(descending=True)[:2]:
+            gate, up = (weights[1][e] @ given).split(24)
+            expected += likes[e] / likes.sum() * (weights[2][e] @ (gate / (1 + torch.exp(-gate)) * up))
+        assert torch.allclose(row.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["_routed", "_wide"])
+def test_what_overflows_in_an_expert_stays_with_its_rows(way: str) -> None:
+    mixture, rows = random_mixture(torch.float16)
+    shares, experts = mixture.gate(rows).softmax(-1, dtype=torch.float32).topk(2)
+    mixture.down[0] = 6e4
+    out = getattr(mixture, way)(rows, shares, experts)
+    chose = (experts == 0).any(1)
+    assert 0 < int(chose.sum()) < len(rows)
+    assert out[~chose].isfinite().all()
+    assert not out[chose].isfinite().all()
+
+
+def test_hooks_in_a_mixture_are_run(checkpoint: Path) -> None:
+    loaded, seen = LLaDA.from_pretrained(checkpoint, device="cpu"), []
+    loaded.blocks[0].experts.register_forward_hook(lambda *_: seen.append(1))
+    assert loaded.altered()
+    decode(loaded, [[3, 4]], gen_length=8, block_length=8)
+    assert seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_the_checkpoint(truth: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+    loaded = LLaDA.from_pretrained(write(truth, tmp_path / "model", dtype=dtype), device="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    out = decode(loaded, [[3, 4, 40], [9]], gen_length=16, block_length=8, policy="threshold=0.5")
+    assert out.generated_tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq is \[0, 1\]; supported: 1 for each layer"),
+        ({"moe_layer_freq": [1]}, r"moe_layer_freq is \[1\]"),
+        ({"moe_layer_freq": None}, "key 'moe_layer_freq' is missing"),
+        ({"shared_expert_intermediate_size": 24}, "shared_expert_intermediate_size is 24; supported: None"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias is True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True; supported: False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7; 1 to num_experts, 6, is needed"),
+        ({"num_experts_per_tok": None}, "key 'num_experts_per_tok' is missing"),
+        ({"expert_intermediate_size": None}, "key 'expert_intermediate_size' is missing"),
+        ({"hidden_size": "big"}, "hidden_size is 'big'; a whole number is needed"),
+        ({"qk_layernorm": "yes"}, "qk_layernorm is 'yes'; true or false is needed"),
+        ({"model_type": "llada2_moe"}, "model_type is 'llada2_moe'"),
+        ({"mask_token_id": None}, "key 'mask_token_id' is missing"),
+    ],
+    ids=str,
+)
+def test_what_is_not_computed_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLaDAConfig.from_dict(RAW | {"mask_token_id": MASK} | changes)
+
+
+def test_tensors_that_are_missing_or_unknown_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        (broken / file).write_bytes((checkpoint / file).read_bytes())
+    up = "model.layers.1.mlp.experts.3.up_proj.weight"
+    save_file({name: t for name, t in tensors.items() if name != up}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1 tensors missing, the first is {up}"):
+        LLaDA.from_pretrained(broken)
+    save_file(
+        tensors | {"model.layers.0.mlp.shared_expert.up_proj.weight": torch.ones(2)}, broken / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"no place for, the first: model.layers.0.mlp.shared_expert"):
+        LLaDA.from_pretrained(broken)
+    save_file(tensors | {up: torch.ones(2, 2)}, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{up} has shape \[2, 2\], config.json needs \[24, 32\]"):
+        LLaDA.from_pretrained(broken)
+
+
+def test_without_a_mask_token_anywhere_it_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
+    with pytest.raises(ValueError, match="'mask_token_id' is missing"):
+        LLaDA.from_pretrained(tmp_path)
+
+
+def test_a_module_of_transformers_is_refused() -> None:
+    class Module(torch.nn.Module):
+        config = SimpleNamespace(to_dict=lambda: RAW)
+
+    with pytest.raises(ValueError, match=r"Module is a mixture of experts.*LLaDA\.from_pretrained"):
+        LLaDA.from_transformers(Module())
+
+
+def test_a_dense_config_is_read_as_before() -> None:
+    config = LLaDAConfig.from_dict(tiny_config())
+    assert (config.num_experts, config.num_experts_per_tok, config.qk_norm) == (0, 0, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["1", "0"])
+def test_block_calls_on_a_gpu(model: LLaDA, checkpoint: Path, graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of all experts at once give the tokens of the CPU's expert by expert."""
+    monkeypatch.setenv("DLLM_GRAPHS", graphs)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "policy": "topk=2", "cache": "dual"}
+    prompts = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17]]
+    there = decode(LLaDA.from_pretrained(checkpoint, device="cuda"), prompts, **settings)
+    assert torch.equal(there.sequences.cpu(), decode(model, prompts, **settings).sequences)
