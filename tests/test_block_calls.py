@@ -11,10 +11,11 @@ import pytest
 import torch
 from cases import INTERPRETED, SLOWLY
 from conftest import ending_model
+from mixtures import random_model
 from test_graphs import PROMPTS, Fake, fixed  # noqa: F401
 
 from dllm_engine import LLaDA, decode, graphs
-from dllm_engine.layers import Kernels
+from dllm_engine.layers import Kernels, Mixture
 from dllm_engine.policies import Threshold
 
 pytest.importorskip("triton")
@@ -110,6 +111,29 @@ def test_all_kernels_of_a_block_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert multiplied == calls
         assert bool(calls) == (kernels >= Kernels.PRODUCTS)
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by the kernel, all experts at once, and no kernel that knows no norm of queries and keys."""
+    model = loaded(random_model(num_attention_heads=2, num_key_value_heads=2), torch.float32)
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "supported", lambda forward, options: False)
+        want = decode(model, PROMPTS[:2], backend="cpu", **settings)
+    kernels: list[Kernels] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, *arguments: Any) -> Any:
+        if isinstance(arguments[2], tuple):
+            kernels.append(arguments[5])
+        return hidden_states(self, *arguments)
+
+    monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    monkeypatch.setattr(Mixture, "_routed", Mixture._wide)
+    out = decode(model, PROMPTS[:2], backend="triton", **settings)
+    assert kernels == [Kernels.NONE] * len(kernels) != []
+    assert torch.equal(out.sequences, want.sequences)
+    assert torch.equal(out.sequence_passes, want.sequence_passes)
 
 
 def test_a_wish_for_layer_kernels_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

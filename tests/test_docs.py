@@ -24,11 +24,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import eight_b_in_miniature
+from mixtures import random_model, save
 
 from dllm_engine import LearnedFilter, LLaDA, cli, decode
 from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.filter import model_ids
 from dllm_engine.tokenizer import answer_text, encode_prompt
+from dllm_engine.weights import _places
 
 ROOT = Path(__file__).resolve().parent.parent
 # tested by the tests of what they describe
@@ -120,6 +122,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eight_b = eight_b_in_miniature(place / "LLaDA-8B-Instruct")
     (place / "GSAI-ML").mkdir()
     (place / "GSAI-ML" / "LLaDA-8B-Instruct").symlink_to(eight_b)  # the hub id, found as a directory
+    mixture = random_model()
+    stored = {at.full: mixture.get_parameter(at.parameter)[at.at].clone() for at in _places(mixture).values()}
+    save(stored, place / "inclusionAI" / "LLaDA-MoE-7B-A1B-Instruct")
     write(
         "questions.jsonl", {"prompt": "Copy: 0 Alan Wells, 1 Amy Fox"}, {"prompt": "Reverse: 0 Carol King, 1 Amy Fox"}
     )
