@@ -1,6 +1,6 @@
 """A layer of LLaDA's transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU or experts.
 
-The module names are the checkpoint's own, so the name map is one prefix (`weights.PREFIX`).
+The module names are those of LLaDA's checkpoints, so their map is one prefix (`weights.PREFIX`); LLaDA-MoE's has parts.
 """
 
 from __future__ import annotations
@@ -170,10 +170,10 @@ class Block(nn.Module):
         self.qk_norm, self.mixed = config.qk_norm, config.num_experts > 0
         if self.mixed:
             self.experts = Mixture(config)
-            return
-        self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
-        self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
-        self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
+        else:
+            self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
+            self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
+            self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
 
     def joined(self) -> Joined | None:
         """The matrices as they are used together, where `weights.load_` laid them one behind the other."""

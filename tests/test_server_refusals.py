@@ -107,6 +107,11 @@ def message(**changes: Any) -> list[dict[str, Any]]:
         ({"end_of_text": "maybe"}, "end_of_text", "end_of_text: 'maybe' given; known"),
         ({"n": True}, "n", "n: True given; this server does not support it, only 1"),
         ({"logprobs": 0}, "logprobs", "logprobs: 0 given; this server does not support it, only False"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options",
+            "include_obfuscation: Input should be False",
+        ),
         ({"stream_options": {"x": True}}, "stream_options", "stream_options.x: Extra inputs are not permitted"),
         ({"n": 2}, "n", "n: 2 given; this server does not support it, only 1"),
         ({"logprobs": True}, "logprobs", "logprobs: True given; this server does not support it, only False"),
@@ -172,6 +177,8 @@ def test_fields_that_ask_for_nothing_are_taken(client: Any) -> None:
         "policy": None,
     }  # fmt: skip
     assert client.post(CHAT, json=GOOD | extra).status_code == 200
+    said = {"stream_options": {"include_usage": False, "include_obfuscation": False}}
+    assert client.post(CHAT, json=GOOD | said).status_code == 200
     extra = {"echo": False, "best_of": 1, "suffix": None, "logprobs": None}
     assert client.post(TEXT, json={"model": "demo", "prompt": "Copy", "max_tokens": 8, **extra}).status_code == 200
 
