@@ -106,7 +106,7 @@ class Mixture(nn.Module):
         gate_up: [E, 2 F, D], an expert's gate before its up-projection. down: [E, D, F].
     """
 
-    WIDE_ROWS = 1024  # a choice that nothing has measured yet
+    WIDE_ROWS = 1024  # estimated in benchmarks/NOTES.md, not measured
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
