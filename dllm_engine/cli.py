@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from dllm_engine.inputs import check_room
     from dllm_engine.options import default
     from dllm_engine.policy_text import PolicyText
     from dllm_engine.tokenizer import encode_rows
@@ -153,10 +154,7 @@ def _generate(args: argparse.Namespace) -> None:
         PolicyText.parse(args.policy)  # before the model is loaded
     model = cli_options.load(args)
     prompts = encode_rows(model.tokenizer, rows, chat=args.chat)
-    room = model.config.max_sequence_length - (args.gen_length or default(model, "gen_length"))
-    for i, prompt in enumerate(prompts):
-        if len(prompt) > room > 0:
-            raise ValueError(f"prompt {i}: {len(prompt)} tokens given; the model has room for {room} beside gen_length")
+    check_room(model, prompts, args.gen_length or default(model, "gen_length"))
     size = 1 if args.watch else args.batch_size
     # answers that come to a terminal show how far it is, and a bar would stand between them
     silent = len(rows) <= size or args.watch or sys.stdout.isatty()

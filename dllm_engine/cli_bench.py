@@ -73,12 +73,14 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dllm_engine.evaluate import checked
+    from dllm_engine.inputs import check_room
     from dllm_engine.tokenizer import encode_rows
 
     contenders = _check(args)
     rows = _rows(args)
     model = cli_options.load(args)
     prompts = encode_rows(model.tokenizer, rows, chat=args.chat)
+    check_room(model, prompts, args.gen_length)
     longest = max(map(len, prompts))
     made = {contender: checked(model, contender.setting(args), longest) for contender in contenders}
     records: list[dict[str, Any]] = []

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     rows = _rows(args)
     model = cli_options.load(args)
     prompts = _prompts(args, model, rows)
+    inputs.check_room(model, prompts, args.gen_length)
     longest = max(map(len, prompts))
     inputs.check_lengths(model, longest, gen_length=args.gen_length, block_length=args.block_length, steps=None)
     ends_wait = args.ends_wait if args.ends_wait is not None else args.kind == "position"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dllm_engine import policies, tasks
 from dllm_engine.decode import DecodeOutput, decode
+from dllm_engine.inputs import check_room
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
 from dllm_engine.policies import Policy
@@ -101,6 +102,8 @@ def run_all(
         raise ValueError(f"samples, batch_size: {len(samples)}, {batch_size} given; at least 1 of each is needed")
     asked = ((s.about.get("messages", s.prompt), chat if s.task == EXACT else True) for s in samples)
     prompts = encode_each(model.tokenizer, asked)
+    for setting in settings:
+        check_room(model, prompts, setting.gen_length)
     longest = max(map(len, prompts))
     runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
     for first in range(0, len(samples), batch_size):

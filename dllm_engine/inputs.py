@@ -131,6 +131,14 @@ def _ids(name: str, prompt: Any, index: int) -> list[int]:
     return [int(token) for token in ids]
 
 
+def check_room(model: LLaDA, prompts: Sequence[Sequence[int]], gen_length: int) -> None:
+    """A prompt that is too long beside ``gen_length`` raises ValueError, which names it."""
+    room = model.config.max_sequence_length - gen_length
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > room > 0:
+            raise ValueError(f"prompt {i}: {len(prompt)} tokens given; the model has room for {room} beside gen_length")
+
+
 def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_length: int, steps: int | None) -> None:
     """Lengths that do not fit each other or the model raise ValueError."""
     check_counts(gen_length=gen_length, block_length=block_length)

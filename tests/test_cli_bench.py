@@ -109,7 +109,11 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str],
     assert message in capsys.readouterr().err
 
 
-def test_a_file_without_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
-    assert main(["bench", "--prompts", str(tmp_path / "empty.jsonl")]) == 2
-    assert "empty.jsonl: no row in it" in capsys.readouterr().err
+def test_files_that_do_not_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for content, message in (
+        ("\n", "rows.jsonl: no row in it"),
+        (json.dumps({"prompt": "Copy " * 1000}), "prompt 0: 10"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(content)
+        assert main(["bench", "--prompts", str(tmp_path / "rows.jsonl")]) == 2
+        assert message in capsys.readouterr().err

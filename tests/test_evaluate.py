@@ -228,3 +228,6 @@ def test_the_prompt_that_is_refused_is_named(demo_model: LLaDA) -> None:
     samples = [*fresh(1), replace(fresh(1)[0], about={"messages": [{"role": "user"}]})]
     with pytest.raises(ValueError, match=r"^prompt 1: messages: \[{'role': 'user'}\] given; a list of"):
         evaluate.run(demo_model, samples, TOPK)
+    samples[1] = replace(samples[0], prompt="Copy " * 1000)
+    with pytest.raises(ValueError, match=r"^prompt 1: 1\d+ tokens given; the model has room for \d+ beside gen_length"):
+        evaluate.run(demo_model, samples, TOPK)

@@ -377,6 +377,8 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert "few.jsonl: no row in it" in error("--prompts", str(few))
     few.write_text('{"text": "Copy"}\n')
     assert 'few.jsonl, line 1: {"prompt": str}' in error("--prompts", str(few))
+    few.write_text('{"prompt": "Copy: 0 Alan Wells"}\n' * 11 + json.dumps({"prompt": "Copy " * 1000}))
+    assert "prompt 11: 1008 tokens given; the model has room for" in error("--prompts", str(few))
     assert not (tmp_path / "out").exists()
 
 
