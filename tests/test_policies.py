@@ -296,6 +296,11 @@ def odds_of(*confidences: float) -> list[list[float]]:
     return [[math.log(c / (1 - c)) for c in confidences]]
 
 
+def test_bounds_that_were_not_given_are_no_hindrance() -> None:
+    assert (LocalLeap().relaxed, LocalLeap(0.5).relaxed, LocalLeap(0.5, 0.2).relaxed) == (0.75, 0.5, 0.2)
+    assert (Hierarchical().low, Hierarchical(0.3).low, Hierarchical(0.3, 0.1).low) == (0.4, 0.3, 0.1)
+
+
 def test_localleap_relaxes_beside_undecided_anchors_only() -> None:
     odds = odds_of(0.8, 0.8, 0.95, 0.8, 0.7, 0.8)
     block = make_block([[1] * 6], [6])
@@ -360,7 +365,7 @@ def test_progress_is_of_the_text_that_stays() -> None:
         (lambda: Prophet(region=(5, 5)), "region: 5 given; a whole number ≥ 6"),
         (lambda: LocalLeap(relaxed=0.95), "relaxed: 0.95 given; 0 to 0.9 allowed"),
         (lambda: LocalLeap(window=1.5), "window: 1.5 given; a whole number ≥ 0"),  # type: ignore[arg-type]
-        (lambda: Hierarchical(0.3), "low: 0.4 given; 0 to 0.3 allowed"),
+        (lambda: Hierarchical(0.3, 0.4), "low: 0.4 given; 0 to 0.3 allowed"),
         (lambda: WeDLM(penalty=math.inf), "penalty: inf given; a finite number ≥ 0"),
         (lambda: RunLength(2), "threshold: 2 given; 0 to 1"),
         (lambda: Threshold(-1), "threshold: -1 given; 0 to 1"),

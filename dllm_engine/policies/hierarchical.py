@@ -16,15 +16,15 @@ class Hierarchical(Policy):
     """Of each maximal run of undecided positions commit the most confident one if its confidence is > ``low``.
 
     Besides it, everything with confidence > ``threshold`` (both strict, as published), and at least the best one.
-    Equally confident ones of a run: the leftmost.
+    Equally confident ones of a run: the leftmost. ``low`` is 0.4 unless given, or ``threshold`` if that is less.
     """
 
     name = "hierarchical"
     reads_decided = False
 
-    def __init__(self, threshold: float = 0.9, low: float = 0.4) -> None:
+    def __init__(self, threshold: float = 0.9, low: float | None = None) -> None:
         self.threshold = in_range("threshold", threshold, 0, 1)
-        self.low = in_range("low", low, 0, self.threshold)
+        self.low = in_range("low", min(0.4, self.threshold) if low is None else low, 0, self.threshold)
         self._bounds = least_log_odds(self.threshold, above=True), least_log_odds(self.low, above=True)
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:

@@ -14,15 +14,16 @@ from dllm_engine.stats import RowStats
 class LocalLeap(Policy):
     """Commit undecided positions with confidence ≥ ``anchor``, and ≥ ``relaxed`` within ``window`` of such a one.
 
-    Only undecided positions are anchors: a decided neighbour relaxes nothing, as in the published code.
+    Only undecided positions are anchors: a decided neighbour relaxes nothing, as in the published code. ``relaxed`` is
+    0.75 unless given, or ``anchor`` if that is less.
     """
 
     name = "localleap"
     reads_decided = False
 
-    def __init__(self, anchor: float = 0.9, relaxed: float = 0.75, window: int = 4) -> None:
+    def __init__(self, anchor: float = 0.9, relaxed: float | None = None, window: int = 4) -> None:
         self.anchor = in_range("anchor", anchor, 0, 1)
-        self.relaxed = in_range("relaxed", relaxed, 0, self.anchor)
+        self.relaxed = in_range("relaxed", min(0.75, self.anchor) if relaxed is None else relaxed, 0, self.anchor)
         self.window = whole("window", window, 0)
         self._bounds = least_log_odds(self.anchor), least_log_odds(self.relaxed)
 
