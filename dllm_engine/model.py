@@ -66,8 +66,10 @@ class LLaDA(nn.Module):
         target, target_dtype = weights.device_of(device), weights.dtype_of(dtype)
         directory = weights.find(path)
         raw = read_json(directory / "config.json")
-        if raw.get("mask_token_id") is None:  # LLaDA-MoE's tokenizer alone knows it
-            raw["mask_token_id"] = read_facts(directory).mask_id
+        if missing := [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]:
+            facts = read_facts(directory)  # of LLaDA-MoE the tokenizer alone knows the mask
+            known = {"mask_token_id": facts.mask_id, "eos_token_id": list(facts.end_ids) or None}
+            raw |= {key: known[key] for key in missing}
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
         weights.load_(model, directory, tied=config.weight_tying, device=target, dtype=target_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +51,17 @@ def test_logits_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any
 
 def test_what_the_tokenizer_alone_knows(model: LLaDA) -> None:
     assert (model.mask_id, model.end_ids, model.vocab_size) == (MASK, (1, 2), 61)
+
+
+def test_end_ids_come_from_the_tokenizer_if_the_config_has_none(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    raw = {key: value for key, value in RAW.items() if key != "eos_token_id"}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert LLaDA.from_pretrained(tmp_path, device="cpu").end_ids == (
+        2,
+    )  # its tokenizer says of no token that it is eos
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
+    assert LLaDA.from_pretrained(tmp_path, device="cpu").end_ids == (1, 2)
 
 
 def test_a_decode_writes_what_the_naive_loop_does(truth: Any, model: LLaDA) -> None:
