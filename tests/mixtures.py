@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
 
 from dllm_engine import LLaDA, LLaDAConfig
@@ -70,6 +68,9 @@ def write(model: Any, directory: Path, raw: dict[str, Any] = RAW, dtype: torch.d
 
 
 def save(tensors: dict[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
+    from tokenizers import AddedToken, Tokenizer  # which `make gpu` does without
+    from tokenizers.models import WordLevel
+
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")

@@ -301,6 +301,17 @@ def test_counters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "counters" not in [step.name for step in steps("python3", ["pytest"], [], None, None)]
 
 
+def test_make_gpu_takes_every_file_that_has_gpu_tests() -> None:
+    """And these do without what a machine with a GPU may lack."""
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    files = {file.stem: file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py")}
+    marked = {name for name, text in files.items() if "mark." + "gpu" in text}
+    assert "test_gpu" in marked
+    assert marked <= set(gpu["TESTS"])
+    foreign = re.compile(r"^(?:from|import) (tokenizers|transformers|jinja2|matplotlib)", re.MULTILINE)
+    assert not [name for name in gpu["TESTS"] if foreign.search(files[name])]
+
+
 def test_gpu_steps_are_stopped_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a step printed before and while it was stopped is kept."""
     watched = runpy.run_path(str(BENCHMARKS / "gpu.py"))["watched"]

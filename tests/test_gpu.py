@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import matrices
 from conftest import GOLDEN, ending_model
+from mixtures import random_model
 from test_decode_step import STATE, fresh_state, rules_for
 
 from dllm_engine import Engine, LLaDA, backends, decode, ops
@@ -174,6 +175,23 @@ def test_layer_kernels_give_the_same_tokens(kernels: str, monkeypatch: pytest.Mo
     assert Kernels(int(kernels)) in captured
 
 
+def forbid_synchronisation(monkeypatch: pytest.MonkeyPatch) -> list[Kernels]:
+    """In block calls; what each of them takes for its layers is added to the list."""
+    call, kernels = BlockCalls.__call__, []
+
+    def watched(self: BlockCalls, joining: list[int]) -> None:
+        kernels.append(self.kernels)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(self, joining)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(BlockCalls, "__call__", watched)
+    return kernels
+
+
 @pytest.mark.parametrize(("graphs", "kernels"), [("0", "1"), ("1", "1"), ("1", "2"), ("1", "3")])
 def test_no_host_synchronisation_in_a_block_call(graphs: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if unavailable("triton"):
@@ -184,19 +202,24 @@ def test_no_host_synchronisation_in_a_block_call(graphs: str, kernels: str, monk
     settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual", "policy": TopK()}
     for _ in range(2):  # compiles, captures
         decode(model, [[4, 5, 6], [7, 8]], **settings)
-    call, calls = BlockCalls.__call__, 0
-
-    def watched(self: BlockCalls, joining: list[int]) -> None:
-        nonlocal calls
-        calls += 1
-        assert self.kernels == Kernels(int(kernels))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call(self, joining)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(BlockCalls, "__call__", watched)
+    seen = forbid_synchronisation(monkeypatch)
     decode(model, [[4, 5, 6], [7, 8]], **settings)
-    assert calls == 28
+    assert seen == [Kernels(int(kernels))] * 28
+
+
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_a_mixture_of_experts(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts at once, without asking the host, give the tokens of the CPU's expert by expert."""
+    if unavailable("triton"):
+        pytest.skip(unavailable("triton"))
+    monkeypatch.setenv("DLLM_GRAPHS", graphs)
+    model = random_model(num_attention_heads=2, num_key_value_heads=2)
+    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "policy": TopK(), "end_of_text": "off"}
+    prompts = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17]]
+    expected = decode(model, prompts, **settings).sequences
+    model.cuda()
+    for _ in range(2):  # compiles, captures
+        assert torch.equal(decode(model, prompts, **settings).sequences.cpu(), expected)
+    seen = forbid_synchronisation(monkeypatch)
+    assert torch.equal(decode(model, prompts, **settings).sequences.cpu(), expected)
+    assert seen == [Kernels.NONE] * 28

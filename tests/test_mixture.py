@@ -12,7 +12,7 @@ import naive
 import pytest
 import torch
 from conftest import tiny_config
-from mixtures import MASK, RAW, logits_of, random_model, reference, write
+from mixtures import MASK, RAW, logits_of, reference, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -206,18 +206,3 @@ def test_a_module_of_transformers_is_refused() -> None:
 def test_a_dense_config_is_read_as_before() -> None:
     config = LLaDAConfig.from_dict(tiny_config())
     assert (config.num_experts, config.num_experts_per_tok, config.qk_norm) == (0, 0, False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("graphs", ["1", "0"])
-def test_block_calls_on_a_gpu(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs of all experts at once give the tokens of the CPU's expert by expert."""
-    monkeypatch.setenv("DLLM_GRAPHS", graphs)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    settings: dict[str, Any] = {"gen_length": 32, "block_length": 8, "policy": "topk=2", "cache": "dual"}
-    prompts = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17]]
-    model = random_model()
-    expected = decode(model, prompts, **settings).sequences
-    model.cuda()
-    for _ in range(3):  # kernel by kernel, captured, replayed
-        assert torch.equal(decode(model, prompts, **settings).sequences.cpu(), expected)
