@@ -106,7 +106,7 @@ class Mixture(nn.Module):
         gate_up: [E, 2 F, D], an expert's gate before its up-projection. down: [E, D, F].
     """
 
-    WIDE_ROWS = 1024  # estimated in benchmarks/NOTES.md, not measured
+    FEW_ROWS = 256  # estimated in benchmarks/NOTES.md, not measured
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
@@ -123,16 +123,20 @@ class Mixture(nn.Module):
         """[B, S, D] to the same."""
         rows = x.flatten(0, 1)
         shares, experts = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.chosen)
-        # A block's rows on a GPU read nearly every expert anyway: to compute all takes little longer, and the host,
-        # which a graph cannot ask, need not know who chose whom.
-        wide = rows.is_cuda and (len(rows) <= self.WIDE_ROWS or torch.cuda.is_current_stream_capturing())
-        return (self._wide if wide else self._routed)(rows, shares, experts).view_as(x)
+        shares = shares.to(x.dtype)
+        if not rows.is_cuda:
+            way = self._one_by_one
+        elif len(rows) > self.FEW_ROWS and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):  # torch 2.10
+            way = self._grouped
+        else:  # a block's rows read nearly every expert anyway
+            way = self._all
+        return way(rows, shares, experts).view_as(x)
 
-    def _routed(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
-        """Expert by expert, over the rows that chose it."""
+    def _one_by_one(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """Each expert over the rows that chose it, which the host must know."""
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=len(self.down)).tolist()  # host: which rows are whose
-        row, share = order // self.chosen, shares.flatten()[order, None].to(rows.dtype)
+        counts = experts.flatten().bincount(minlength=len(self.down)).tolist()  # host: on CPUs only
+        row, share = order // self.chosen, shares.flatten()[order, None]
         out = torch.zeros_like(rows)
         for expert, (at, of) in enumerate(zip(row.split(counts), share.split(counts), strict=True)):
             if len(at):
@@ -140,12 +144,23 @@ class Mixture(nn.Module):
                 out.index_add_(0, at, F.linear(F.silu(gate) * up, self.down[expert]) * of)
         return out
 
-    def _wide(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
-        """All experts, those that a row did not choose with no share."""
-        share = torch.zeros(len(rows), len(self.down), device=rows.device).scatter_(1, experts, shares).to(rows.dtype)
+    def _grouped(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """The same without the host; on GPUs torch does it in bfloat16."""
+        chosen = experts.flatten()
+        order = chosen.argsort(stable=True)
+        ends = (chosen[:, None] == torch.arange(len(self.down), device=rows.device)).sum(0).cumsum(0).to(torch.int32)
+        both = F.grouped_mm(rows[order // self.chosen], self.gate_up.transpose(1, 2), offs=ends)
+        gate, up = both.chunk(2, dim=-1)
+        each = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        # by row again, where the order of a sum is always the same
+        return (each[order.argsort()].unflatten(0, experts.shape) * shares[..., None]).sum(1)
+
+    def _all(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """All experts over all rows; those that a row did not choose have no share."""
+        share = torch.zeros(len(rows), len(self.down), dtype=rows.dtype, device=rows.device)
+        share = share.scatter_(1, experts, shares).T[..., None]
         gate, up = F.linear(rows, self.gate_up.flatten(0, 1)).unflatten(1, (len(self.down), -1)).chunk(2, dim=-1)
         each = torch.bmm((F.silu(gate) * up).transpose(0, 1), self.down.transpose(1, 2))
-        share = share.T[..., None]
         return (each * share).masked_fill_(share == 0, 0).sum(0)  # 0 times what overflowed is no 0
 
 

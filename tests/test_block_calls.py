@@ -129,7 +129,7 @@ def test_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
         return hidden_states(self, *arguments)
 
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
-    monkeypatch.setattr(Mixture, "_routed", Mixture._wide)
+    monkeypatch.setattr(Mixture, "_one_by_one", Mixture._all)
     out = decode(model, PROMPTS[:2], backend="triton", **settings)
     assert kernels == [Kernels.NONE] * len(kernels) != []
     assert torch.equal(out.sequences, want.sequences)

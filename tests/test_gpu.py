@@ -223,3 +223,23 @@ def test_a_mixture_of_experts(graphs: str, monkeypatch: pytest.MonkeyPatch) -> N
     seen = forbid_synchronisation(monkeypatch)
     assert torch.equal(decode(model, prompts, **settings).sequences.cpu(), expected)
     assert seen == [Kernels.NONE] * 28
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch 2.10 is needed")
+def test_experts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture: Any = random_model().blocks[0].experts.cuda().bfloat16()
+    x = torch.randn(2, 300, 32, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    expected = mixture.cpu()(x.cpu())
+    mixture.cuda()
+    calls: list[int] = []
+    grouped = mixture._grouped
+    monkeypatch.setattr(mixture, "_grouped", lambda *arguments: calls.append(1) or grouped(*arguments))
+    mixture(x)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = mixture(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 2
+    assert torch.allclose(out.cpu().float(), expected.float(), atol=0.02 * float(expected.abs().max()))
