@@ -166,11 +166,10 @@ def cache_bytes(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> in
 
 def work(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a step reads at least, and its floating-point operations."""
-    matrices = shape.read_parameters()
     attention = 2 * shape.n_layers * shape.d_model * length
     return (
-        matrices * dtype.itemsize + cache_bytes(shape, batch, length, dtype),
-        2 * batch * BLOCK * (matrices + attention),
+        shape.read_parameters() * dtype.itemsize + cache_bytes(shape, batch, length, dtype),
+        2 * batch * BLOCK * (shape.used_parameters() + attention),
     )
 
 
@@ -243,7 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="4 layers of 256, 8,192 words, float32: for a CPU")
-    parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4)")
+    parser.add_argument("--moe", action="store_true", help="LLaDA-MoE's shape instead of LLaDA-8B's: 14 GiB")
+    parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4, with --moe 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --small float32")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the canvas; default 512 2048 8192, small 512 2048")
     parser.add_argument("--batches", type=int, nargs="+", help="default 1 4 16 64, small 1 8")
@@ -255,11 +255,13 @@ def main() -> None:
     batches = args.batches or ([1, 8] if args.small else [1, 4, 16, 64])
     if min(lengths) <= BLOCK or min(batches) < 1 or (args.layers is not None and args.layers < 1):
         parser.error(f"--lengths must be above {BLOCK}, --batches and --layers at least 1")
-    shape = SHAPES["small" if args.small else "8b"]
+    if args.small and args.moe:
+        parser.error("--small, --moe: one of them must go")
+    shape = SHAPES["small" if args.small else "moe" if args.moe else "8b"]
     shape = replace(shape, n_layers=args.layers) if args.layers else shape
     dtype = DTYPES[args.dtype or ("float32" if args.small else "bfloat16")]
     weights = shape.parameters() * dtype.itemsize
-    if device.type == "cpu" and not args.small and not args.layers:
+    if device.type == "cpu" and not (args.small or args.moe or args.layers):
         parser.error(f"LLaDA-8B's shape needs a GPU with {weights / 2**30:.0f} GiB and more; --small runs on a CPU")
     free = available_bytes(device)
     if free is not None and weights > free:
@@ -278,7 +280,8 @@ def main() -> None:
                 console.print(f"length {length:,}, batch {batch} left out: {sizes}")
                 continue
             record = measure(model, shape, batch, length, roofs, args.seconds)
-            records.append(record | {"layers": shape.n_layers, "width": shape.d_model, "dtype": str(dtype)[6:]})
+            record |= {"layers": shape.n_layers, "width": shape.d_model, "experts": shape.experts}
+            records.append(record | {"dtype": str(dtype)[6:]})
             if not args.dry_run:
                 file = append(records[-1:], device)
     show(records, f"{shape.n_layers} layers of {shape.d_model}, {shape.vocab:,} words, {str(dtype)[6:]}", console)

@@ -11,35 +11,45 @@ from dllm_engine import LLaDA, LLaDAConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaDA; the mask and the end token are the last two words."""
+    """Sizes of a LLaDA, whose mask and end token are the last two words. ``mlp``: of each expert, if there are any."""
 
     d_model: int
     n_layers: int
     n_heads: int
     mlp: int
     vocab: int
+    experts: int = 0
+    chosen: int = 0
 
     def parameters(self) -> int:
         """Of the matrices: blocks, embedding and head."""
         return self.read_parameters() + self.vocab * self.d_model
 
     def read_parameters(self) -> int:
-        """Those that every call reads: blocks and head."""
-        block = 4 * self.d_model**2 + 3 * self.d_model * self.mlp
-        return self.n_layers * block + self.vocab * self.d_model
+        """Those that a call of many rows reads: blocks, all experts among them, and head."""
+        return self._of_a_call(self.experts)
+
+    def used_parameters(self) -> int:
+        """Those that a row is multiplied by."""
+        return self._of_a_call(self.chosen)
+
+    def _of_a_call(self, experts: int) -> int:
+        mlp = self.experts * self.d_model + 3 * self.d_model * self.mlp * max(experts, 1)
+        return self.n_layers * (4 * self.d_model**2 + mlp) + self.vocab * self.d_model
 
     def config(self, max_length: int) -> LLaDAConfig:
-        """With LLaDA-8B's constants, for canvases of up to ``max_length``."""
+        """With LLaDA-8B's constants, for canvases up to ``max_length``; with experts, queries and keys are normed."""
         return LLaDAConfig(
             d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_heads,
             mlp_hidden_size=self.mlp, vocab_size=self.vocab, embedding_size=self.vocab, max_sequence_length=max_length,
             mask_token_id=self.vocab - 1, eos_token_ids=(self.vocab - 2,), rms_norm_eps=1e-5, rope_theta=5e5,
-            weight_tying=False,
+            weight_tying=False, num_experts=self.experts, num_experts_per_tok=self.chosen, qk_norm=self.experts > 0,
         )  # fmt: skip
 
 
 SHAPES = {
     "8b": Shape(d_model=4096, n_layers=32, n_heads=32, mlp=12288, vocab=126464),  # LLaDA-8B
+    "moe": Shape(d_model=2048, n_layers=16, n_heads=16, mlp=1024, vocab=157184, experts=64, chosen=8),  # LLaDA-MoE
     "vocab": Shape(d_model=512, n_layers=8, n_heads=8, mlp=1376, vocab=126464),  # its vocabulary, a small body
     "small": Shape(d_model=256, n_layers=4, n_heads=4, mlp=688, vocab=8192),
     "tiny": Shape(d_model=32, n_layers=2, n_heads=2, mlp=48, vocab=64),
@@ -60,5 +70,5 @@ def random_model(
             parameter.normal_(generator=generator)
         else:
             scale = peak if name == "ff_out.weight" else 1.0
-            parameter.normal_(std=scale * parameter.shape[1] ** -0.5, generator=generator)
+            parameter.normal_(std=scale * parameter.shape[-1] ** -0.5, generator=generator)
     return model

@@ -10,6 +10,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_block_step(run: Run) -> None:
     text = run("block_step.py", "--small", "--layers", "1", "--lengths", "64", "--batches", "2", "--seconds", "0")
     assert "1 layers of 256, 8,192 words, float32" in text
     assert "bytes floor" in text
+
+
+def test_a_shape_counts_what_its_model_has() -> None:
+    from models import SHAPES, random_model
+
+    for shape in (SHAPES["tiny"], replace(SHAPES["moe"], d_model=32, n_layers=2, n_heads=2, mlp=24, vocab=64)):
+        model = random_model(shape, device=torch.device("cpu"), dtype=torch.float32, max_length=64)
+        matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+        assert shape.parameters() == sum(matrices.values())
+        assert shape.read_parameters() == shape.parameters() - matrices["wte.weight"]
+        unused = sum(n for name, n in matrices.items() if name.endswith(("gate_up", "down")))
+        unused = unused * (shape.experts - shape.chosen) // max(shape.experts, 1)
+        assert shape.used_parameters() == shape.read_parameters() - unused
 
 
 def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +246,7 @@ def test_end_to_end_with_a_real_vocabulary(run: Run, tmp_path: Path) -> None:
         ("end_to_end.py", ["--gen-lengths", "33"], "--gen-lengths: 33 given; multiples of 32 are needed"),
         ("end_to_end.py", ["--turns", "0"], "--turns: 0 given; at least 1 is needed"),
         ("block_step.py", ["--device", "cpu"], "needs a GPU with 15 GiB and more; --small runs on a CPU"),
+        ("block_step.py", ["--small", "--moe"], "--small, --moe: one of them must go"),
         ("block_step.py", ["--small", "--lengths", "32"], "--lengths must be above 32"),
         ("scaling.py", ["--device", "cpu", "--shape", "8b"], "LLaDA-8B's shape needs a GPU"),
         ("serve_load.py", ["--turns", "0"], "--turns, --sample: a turn has at least a request"),
