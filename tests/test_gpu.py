@@ -229,11 +229,14 @@ def test_a_mixture_of_experts(graphs: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_experts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture: Any = random_model().blocks[0].experts.cuda().bfloat16()
     x = torch.randn(2, 300, 32, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
-    expected = mixture.cpu()(x.cpu())
-    mixture.cuda()
-    calls: list[int] = []
+    given: list[Any] = []
     grouped = mixture._grouped
-    monkeypatch.setattr(mixture, "_grouped", lambda *arguments: calls.append(1) or grouped(*arguments))
+
+    def noted(*arguments: Any) -> Any:
+        given[:] = arguments
+        return grouped(*arguments)
+
+    monkeypatch.setattr(mixture, "_grouped", noted)
     mixture(x)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -241,5 +244,6 @@ def test_experts_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         out = mixture(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(calls) == 2
-    assert torch.allclose(out.cpu().float(), expected.float(), atol=0.02 * float(expected.abs().max()))
+    # with the same experts: their router's logits have ties in bfloat16
+    expected = mixture.cpu()._one_by_one(*(tensor.cpu() for tensor in given)).float()
+    assert torch.allclose(out.cpu().float().flatten(0, 1), expected, atol=0.02 * float(expected.abs().max()))
