@@ -129,6 +129,8 @@ def test_what_overflows_in_an_expert_stays_with_its_rows(way: str) -> None:
 
 def test_hooks_in_a_mixture_are_run(checkpoint: Path) -> None:
     loaded, seen = LLaDA.from_pretrained(checkpoint, device="cpu"), []
+    assert not loaded.altered()
+    assert all(joined is not None and joined.gate_up is None for joined in loaded.joined_weights())
     loaded.blocks[0].experts.register_forward_hook(lambda *_: seen.append(1))
     assert loaded.altered()
     decode(loaded, [[3, 4]], gen_length=8, block_length=8)
