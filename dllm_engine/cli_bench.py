@@ -73,16 +73,13 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from dllm_engine.evaluate import checked
-    from dllm_engine.inputs import check_room
     from dllm_engine.tokenizer import encode_rows
 
     contenders = _check(args)
     rows = _rows(args)
     model = cli_options.load(args)
     prompts = encode_rows(model.tokenizer, rows, chat=args.chat)
-    check_room(model, prompts, args.gen_length)
-    longest = max(map(len, prompts))
-    made = {contender: checked(model, contender.setting(args), longest) for contender in contenders}
+    made = {contender: checked(model, contender.setting(args), prompts) for contender in contenders}
     records: list[dict[str, Any]] = []
     sizes = dict.fromkeys(min(size, len(prompts)) for size in args.batch_size)
     with tqdm(total=len(sizes) * len(contenders) * (args.turns + 1), desc="bench", leave=False, disable=None) as bar:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+MODEL_TYPES = "llada", "lladamoe"  # the second: copies of LLaDA-MoE that tell it from LLaDA
 # What `layers.Block` computes. A checkpoint that asks for anything else is refused: running it anyway would give
 # fluent, wrong text.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -108,7 +109,7 @@ class LLaDAConfig:
         Raises:
             ValueError: another architecture, a missing key, or a setting that this transformer does not compute.
         """
-        if raw.get("model_type") not in ("llada", "lladamoe"):
+        if raw.get("model_type") not in MODEL_TYPES:
             raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' checkpoints")
         mixture = bool(raw.get("num_experts"))
         for key, allowed in (_FIXED_OF_MIXTURES if mixture else _FIXED).items():

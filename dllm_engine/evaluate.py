@@ -102,10 +102,7 @@ def run_all(
         raise ValueError(f"samples, batch_size: {len(samples)}, {batch_size} given; at least 1 of each is needed")
     asked = ((s.about.get("messages", s.prompt), chat if s.task == EXACT else True) for s in samples)
     prompts = encode_each(model.tokenizer, asked)
-    for setting in settings:
-        check_room(model, prompts, setting.gen_length)
-    longest = max(map(len, prompts))
-    runners = [_Turns(s, checked(model, s, longest), list((done or {}).get(s, []))) for s in settings]
+    runners = [_Turns(s, checked(model, s, prompts), list((done or {}).get(s, []))) for s in settings]
     for first in range(0, len(samples), batch_size):
         part = slice(first, first + batch_size)
         answers: dict[Setting, Tensor] = {}
@@ -121,8 +118,10 @@ def run_all(
     return [turn.rows for turn in runners]
 
 
-def checked(model: LLaDA, setting: Setting, longest_prompt: int) -> Policy | str:
+def checked(model: LLaDA, setting: Setting, prompts: Sequence[Sequence[int]]) -> Policy | str:
     """The setting's policy; raises for whatever `decode` would reject in the middle of the run."""
+    check_room(model, prompts, setting.gen_length)
+    longest_prompt = max(map(len, prompts))
     text, how = setting.policy, _arguments(setting)
     policy = "topk" if text.name == "oracle" else text.make(model)
     resolved = Options.resolve(model, longest_prompt=longest_prompt, policy=policy, **how).policy

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine import generation_config, weights
-from dllm_engine.config import LLaDAConfig, id_list, read_json
+from dllm_engine.config import MODEL_TYPES, LLaDAConfig, id_list, read_json
 from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm, plain
-from dllm_engine.tokenizer import load_tokenizer, read_facts
+from dllm_engine.tokenizer import TokenizerFacts, load_tokenizer, read_facts
 
 if TYPE_CHECKING:
     from dllm_engine.kv_cache import LayerCache
@@ -66,14 +66,16 @@ class LLaDA(nn.Module):
         target, target_dtype = weights.device_of(device), weights.dtype_of(dtype)
         directory = weights.find(path)
         raw = read_json(directory / "config.json")
-        if missing := [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]:
-            facts = read_facts(directory)  # of LLaDA-MoE the tokenizer alone knows the mask
+        facts = None
+        missing = [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]
+        if missing and raw.get("model_type") in MODEL_TYPES:  # of LLaDA-MoE the tokenizer alone knows the mask
+            facts = read_facts(directory)
             known = {"mask_token_id": facts.mask_id, "eos_token_id": list(facts.end_ids) or None}
             raw |= {key: known[key] for key in missing}
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
         weights.load_(model, directory, tied=config.weight_tying, device=target, dtype=target_dtype)
-        model._describe(directory)
+        model._describe(directory, facts)
         return model
 
     @classmethod
@@ -124,7 +126,7 @@ class LLaDA(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    def _describe(self, directory: Path) -> None:
+    def _describe(self, directory: Path, facts: TokenizerFacts | None = None) -> None:
         """Vocabulary, end ids (config first, then what generation config and tokenizer add), defaults of `decode`."""
         self.path, rows = directory, self.config.embedding_size
         end_ids = list(self.config.eos_token_ids)
@@ -134,7 +136,7 @@ class LLaDA(nn.Module):
             if raw.get("eos_token_id") is not None:
                 end_ids += id_list(raw["eos_token_id"], "eos_token_id", str(generation))
             self.generation_defaults = generation_config.defaults(raw, str(generation))
-        facts = read_facts(directory)
+        facts = facts or read_facts(directory)
         end_ids += facts.end_ids
         for i in end_ids:
             if not 0 <= i < rows:

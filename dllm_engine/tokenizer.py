@@ -45,20 +45,21 @@ def read_facts(directory: Path) -> TokenizerFacts:
     special = _special_tokens(directory)
     if any(fast.token_to_id(token) is None for tokens in special.values() for token in tokens):
         return _facts_of(load_tokenizer(directory))  # which adds them to the vocabulary
-    ends, masks = (
-        [i for token in (*special.get(key, ()), *names) if (i := fast.token_to_id(token)) is not None]
-        for key, names in (("eos_token", _END_OF_TURN), ("mask_token", _MASK))
-    )
-    return TokenizerFacts(fast.get_vocab_size(with_added_tokens=True), tuple(ends), next(iter(masks), None))
+    ends, masks = (*special.get("eos_token", ()), *_END_OF_TURN), (*special.get("mask_token", ()), *_MASK)
+    size = fast.get_vocab_size(with_added_tokens=True)
+    return _found(size, map(fast.token_to_id, ends), map(fast.token_to_id, masks))
 
 
 def _facts_of(tokenizer: Any) -> TokenizerFacts:
     ids = tokenizer.get_vocab()
-    ends, masks = (
-        [i for i in (named, *map(ids.get, names)) if i is not None]
-        for named, names in ((tokenizer.eos_token_id, _END_OF_TURN), (tokenizer.mask_token_id, _MASK))
-    )
-    return TokenizerFacts(len(tokenizer), tuple(ends), next(iter(masks), None))
+    ends, masks = (tokenizer.eos_token_id, *map(ids.get, _END_OF_TURN)), (tokenizer.mask_token_id, *map(ids.get, _MASK))
+    return _found(len(tokenizer), ends, masks)
+
+
+def _found(size: int, ends: Iterable[int | None], masks: Iterable[int | None]) -> TokenizerFacts:
+    """Of ids that a vocabulary may not have, those that it has; of masks the first."""
+    end_ids = tuple(i for i in ends if i is not None)
+    return TokenizerFacts(size, end_ids, next((i for i in masks if i is not None), None))
 
 
 def _special_tokens(directory: Path) -> dict[str, list[str]]:

@@ -57,9 +57,8 @@ def test_end_ids_come_from_the_tokenizer_if_the_config_has_none(checkpoint: Path
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     raw = {key: value for key, value in RAW.items() if key != "eos_token_id"}
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    assert LLaDA.from_pretrained(tmp_path, device="cpu").end_ids == (
-        2,
-    )  # its tokenizer says of no token that it is eos
+    # its tokenizer says of no token that it is eos
+    assert LLaDA.from_pretrained(tmp_path, device="cpu").end_ids == (2,)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}', encoding="utf-8")
     assert LLaDA.from_pretrained(tmp_path, device="cpu").end_ids == (1, 2)
 
@@ -197,6 +196,13 @@ def test_without_a_mask_token_anywhere_it_is_refused(checkpoint: Path, tmp_path:
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
     with pytest.raises(ValueError, match="'mask_token_id' is missing"):
+        LLaDA.from_pretrained(tmp_path)
+
+
+def test_another_architecture_is_refused_before_its_tokenizer_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "sdar"}', encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text("not one", encoding="utf-8")
+    with pytest.raises(ValueError, match="model_type is 'sdar'"):
         LLaDA.from_pretrained(tmp_path)
 
 
