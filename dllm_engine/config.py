@@ -1,16 +1,25 @@
-"""The part of a LLaDA checkpoint's ``config.json`` that the engine reads, checked before a weight is touched."""
+"""The part of a checkpoint's ``config.json`` that the engine reads, checked before a weight is touched."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-MODEL_TYPES = "llada", "lladamoe"  # the second: copies of LLaDA-MoE that tell it from LLaDA
-# What `layers.Block` computes. A checkpoint that asks for anything else is refused: running it anyway would give
-# fluent, wrong text.
-_FIXED: dict[str, tuple[Any, ...]] = {
+MODEL_TYPES = "llada", "lladamoe", "Dream"  # the second: copies of LLaDA-MoE that tell it from LLaDA
+
+
+class _Layout(NamedTuple):
+    """How a family writes its config. fixed: what `layers.Block` computes, by key; a checkpoint that asks for anything
+    else is refused, as running it anyway would give fluent, wrong text. names: its keys, where they are not LLaDA's.
+    """
+
+    fixed: dict[str, tuple[Any, ...]]
+    names: dict[str, str]
+
+
+_LLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu", "swiglu"),
     "alibi": (False,),
     "attention_layer_norm": (False,),
@@ -25,9 +34,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
-# The same of a mixture of experts (LLaDA-MoE), and what it calls the sizes. Its code takes a softmax over the experts
-# and leaves the shares of the chosen ones as they are, whatever moe_router_score_function and norm_topk_prob say.
-_FIXED_OF_MIXTURES: dict[str, tuple[Any, ...]] = {
+# Its code takes a softmax over the experts and leaves the shares of the chosen ones as they are, whatever
+# moe_router_score_function and norm_topk_prob say.
+_MIXTURE_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "clip_qkv": (None,),
     "hidden_act": ("silu",),
@@ -38,15 +47,28 @@ _FIXED_OF_MIXTURES: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (None,),
     "tie_word_embeddings": (False,),
 }
-_NAMES_OF_MIXTURES = {
+# Its code gives queries, keys and values a bias, whatever attention_bias says. Models that share its model_type and are
+# block-causal, with logits that are not shifted, have another architecture and a block_size.
+_DREAM_FIXED: dict[str, tuple[Any, ...]] = {
+    "architectures": (["DreamModel"], None),
+    "block_size": (None,),
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "use_mrope": (False, None),
+    "use_sliding_window": (False, None),
+}
+_NAMES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
-    "mlp_hidden_size": "expert_intermediate_size",
+    "mlp_hidden_size": "intermediate_size",
     "max_sequence_length": "max_position_embeddings",
     "weight_tying": "tie_word_embeddings",
 }
+_LLADA = _Layout(_LLADA_FIXED, {})
+_MIXTURE = _Layout(_MIXTURE_FIXED, _NAMES | {"mlp_hidden_size": "expert_intermediate_size"})
+_DREAM = _Layout(_DREAM_FIXED, _NAMES)
 
 
 class ModelFacts(Protocol):
@@ -65,7 +87,7 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """Sizes, ids and constants of a LLaDA model (LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE: one family).
+    """Sizes, ids and constants of a model: LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE, Dream-7B and its kin.
 
     Attributes:
         mlp_hidden_size: of a layer's MLP, or of each expert.
@@ -73,6 +95,8 @@ class LLaDAConfig:
         eos_token_ids: end ids named by the config. `LLaDA.end_ids` adds the tokenizer's and generation config's.
         num_experts, num_experts_per_tok: of each layer, and how many of them a row is sent to; 0 without a mixture.
         qk_norm: whether each head's query and key are normed before RoPE.
+        shifted: whether a row predicts the column behind it (Dream, arXiv 2508.15487, as the autoregressive model that
+            it was made from) and not its own.
     """
 
     d_model: int
@@ -92,6 +116,7 @@ class LLaDAConfig:
     num_experts: int = 0
     num_experts_per_tok: int = 0
     qk_norm: bool = False
+    shifted: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -104,20 +129,24 @@ class LLaDAConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> LLaDAConfig:
-        """Read the original (OLMo-style) keys of a LLaDA ``config.json``, or those of a LLaDA-MoE.
+        """Read the original (OLMo-style) keys of a LLaDA ``config.json``, or those of a LLaDA-MoE or a Dream.
 
         Raises:
             ValueError: another architecture, a missing key, or a setting that this transformer does not compute.
         """
         if raw.get("model_type") not in MODEL_TYPES:
-            raise ValueError(f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' checkpoints")
-        mixture = bool(raw.get("num_experts"))
-        for key, allowed in (_FIXED_OF_MIXTURES if mixture else _FIXED).items():
+            raise ValueError(
+                f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' and 'Dream' checkpoints"
+            )
+        dream = raw["model_type"] == "Dream"
+        mixture = bool(raw.get("num_experts")) and not dream
+        layout = _DREAM if dream else _MIXTURE if mixture else _LLADA
+        for key, allowed in layout.fixed.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
 
         def name(key: str) -> str:
-            return _NAMES_OF_MIXTURES.get(key, key) if mixture else key
+            return layout.names.get(key, key)
 
         def need(key: str) -> Any:
             if raw.get(name(key)) is None:
@@ -151,7 +180,7 @@ class LLaDAConfig:
             n_heads=n_heads,
             n_kv_heads=count("n_kv_heads", 1 if raw.get("multi_query_attention") else n_heads),
             mlp_hidden_size=count("mlp_hidden_size")
-            if mixture or raw.get("mlp_hidden_size")
+            if layout.names or raw.get("mlp_hidden_size")
             else int(real("mlp_ratio") * d_model),
             vocab_size=vocab_size,
             embedding_size=count("embedding_size", vocab_size),
@@ -161,10 +190,11 @@ class LLaDAConfig:
             rms_norm_eps=real("rms_norm_eps"),
             rope_theta=real("rope_theta"),
             weight_tying=flag("weight_tying", need("weight_tying")),
-            include_qkv_bias=flag("include_qkv_bias", raw.get("include_qkv_bias") or False),
+            include_qkv_bias=dream or flag("include_qkv_bias", raw.get("include_qkv_bias") or False),
             num_experts=count("num_experts") if mixture else 0,
             num_experts_per_tok=count("num_experts_per_tok") if mixture else 0,
             qk_norm=mixture and flag("qk_layernorm", raw.get("qk_layernorm") or False),
+            shifted=dream,
         )
         config._check(source)
         return config

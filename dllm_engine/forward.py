@@ -22,7 +22,7 @@ class Call(NamedTuple):
         columns: those computed, a slice where all have the same, else int64 [B', S].
         prompt: bool, broadcastable to [B', S]: columns that guidance masks; None without it.
         rope: cos and sin. key_mask: additive [rows, 1, 1, K], or None if all keys are seen.
-        caches: one a layer. block: the block's rows among those computed: a slice, or int64 [B', width, 1].
+        caches: one a layer. block: rows among those computed that predict the block: a slice, or int64 [B', width, 1].
     """
 
     sequences: Tensor
@@ -59,7 +59,8 @@ class Forward:
     """Runs the transformer over some sequences of a `DecodeState`.
 
     A *refresh* computes every row of its sequences (with cache ``"none"`` every call does); a *block call* computes the
-    block and, with ``"prefix"``, all that is right of it, against cached keys. Columns from a sequence's ``active_end``
+    block and, with ``"prefix"``, all that is right of it, against cached keys. Where rows predict the column behind
+    theirs (`LLaDAConfig.shifted`), it begins with the column before the block. Columns from a sequence's ``active_end``
     on, and its padding, are no keys. Guidance doubles the batch: each sequence is followed by itself with all prompt
     tokens masked, with a cache row of its own.
     """
@@ -69,6 +70,7 @@ class Forward:
     ) -> None:
         """``reach``: rows from a block's start that the rule may commit."""
         self.model, self.state, self.cache, self.cfg_scale, self.reach = model, state, cache, cfg_scale, reach
+        self.shift = int(model.config.shifted)
         self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
         if cache != "none":
@@ -101,7 +103,7 @@ class Forward:
     def __call__(
         self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Final hidden states of the first ``width`` rows of each sequence's block.
+        """Final hidden states that predict the first ``width`` columns of each sequence's block.
 
         Args:
             joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s.
@@ -135,6 +137,7 @@ class Forward:
     def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
         padding = [self.padding[b] for b in joining]
+        starts, rows = [start - self.shift for start in starts], width + self.shift
         low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
         aligned = first == min(starts) == max(starts)
         whole = refresh or self.kv is None
@@ -148,9 +151,9 @@ class Forward:
             if not aligned:  # rows past the end are not active, but must exist
                 block = (start - low + torch.arange(width, device=device)).clamp_max(longest - low - 1)
         elif aligned:
-            columns = slice(first, first + width if self.cache == "dual" else longest)
+            columns = slice(first, first + rows if self.cache == "dual" else longest)
         else:
-            columns = start + torch.arange(width if self.cache == "dual" else longest - min(starts), device=device)
+            columns = start + torch.arange(rows if self.cache == "dual" else longest - min(starts), device=device)
             columns = torch.where(columns < longest, columns, state.length)  # ragged ends write to the spare column
         at = torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
         at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
@@ -168,13 +171,13 @@ class Forward:
 
         caches = None
         if self.kv is not None and whole:
-            rows = [self.slots.index(b) * ways + way for b in joining for way in range(ways)]
-            caches = self.kv.whole(rows, slice(low, longest))
+            slots = [self.slots.index(b) * ways + way for b in joining for way in range(ways)]
+            caches = self.kv.whole(slots, slice(low, longest))
         elif self.kv is not None:
             written = columns
             if self.cache == "dual" and width > self.reach:  # what is only looked at leaves no keys
-                offset = torch.arange(width, device=device)
-                written = torch.where(offset < self.reach, start + offset, state.length)
+                offset = torch.arange(rows, device=device)
+                written = torch.where(offset < self.reach + self.shift, start + offset, state.length)
             spread = written if isinstance(written, slice) else written.repeat_interleave(ways, 0)
             caches = self.kv.block(len(joining) * ways, spread, slice(low, longest))
         if isinstance(columns, Tensor):

@@ -18,6 +18,7 @@ def defaults(raw: dict[str, Any], source: str = FILE) -> dict[str, Any]:
 
     ``max_new_tokens`` is ``gen_length`` under transformers' name, if that is not there. A ``temperature`` under
     ``"do_sample": false`` says nothing, as in transformers. ``policy`` is written as on the command line.
+    ``steps`` beside ``alg`` are Dream's, of a schedule over the whole canvas, and are left alone.
 
     Raises:
         ValueError: a value that `decode` would not take, naming ``source`` and the key.
@@ -40,4 +41,6 @@ def defaults(raw: dict[str, Any], source: str = FILE) -> dict[str, Any]:
         given.setdefault("gen_length", given["max_new_tokens"])
     if given.get("do_sample") is False:
         given.pop("temperature", None)
+    if "alg" in given:
+        given.pop("steps", None)
     return {name: given[name] for name in _NAMES if name in given}

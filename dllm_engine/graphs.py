@@ -57,12 +57,13 @@ class BlockCalls:
         weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
         self.sequences, self.rule = sequences, replace(rule, bounds=bounds, weights=weights)
         self.layers = [self._kept(i, layer, buffers) for i, layer in enumerate(forward.joined)]
-        self.offsets = torch.arange(self.state.block_length, device=device)
+        shift = forward.shift
+        self.offsets = torch.arange(-shift, self.state.block_length, device=device)
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
         reason = block_attention_unavailable(device, self.model.dtype, self.model.config.head_dim)
-        self.by_kernel = not reason and self.state.block_length <= MAX_WIDTH
+        self.by_kernel = not reason and len(self.offsets) <= MAX_WIDTH
         self.kernels = self._layer_kernels() if self.by_kernel else Kernels.NONE
         self.altered = self.model.altered()
         self.joined: list[int] = []
@@ -154,11 +155,12 @@ class BlockCalls:
         model, state, length = self.model, self.state, self.state.length
         sequences = self.sequences[:count]
         state.progress[-1] = self.idle  # a step moves it on
-        end = state.active_end[sequences, None]
-        columns = state.block_start[sequences, None] + self.offsets
+        start, end = state.block_start[sequences, None], state.active_end[sequences, None]
+        columns = start + self.offsets
         padding = state.padding[sequences, None]
         rope = model.rope_tables((columns - padding).clamp_min(0))
-        written = torch.where(columns < end, columns, length)  # rows behind the end go to the spare column
+        # rows behind the end go to the spare column, and all of the idle one's: their slots are other sequences'
+        written = torch.where((columns < end) & (start < end), columns, length)
         assert self.forward.kv is not None
         caches = [
             LayerCache(k[:count], v[:count], written, self.rows[:count], (k[:count], v[:count]))
@@ -170,7 +172,7 @@ class BlockCalls:
         else:
             seen = additive((self.every < padding) | (self.every >= end), model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
-        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)[:, : state.block_length]
         ops.decode_step_(
             hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
         )

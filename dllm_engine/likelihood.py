@@ -159,10 +159,11 @@ def _losses(
     hidden: Tensor = model.hidden_states(tokens, model.rope_tables(columns[None]), seen, joined=model.joined_weights())
     if cfg_scale > 0:
         hidden = guided(hidden.chunk(2), cfg_scale)
+    predicting = (at - 1).clamp_min(0) if model.config.shifted else at
     stats = ops.row_stats(
         hidden.flatten(0, 1),
         model.lm_head,
-        b * length + at,
+        b * length + predicting,
         probe_ids=wanted[:, None],
         backend=backend,
         values_known=True,

@@ -1,4 +1,4 @@
-"""LLaDA: layers, what its checkpoint says beside the weights, and ways to load one."""
+"""The model: layers, what its checkpoint says beside the weights, and ways to load one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LLaDA(nn.Module):
-    """A masked diffusion language model of the LLaDA family.
+    """A masked diffusion language model: LLaDA and its family, or Dream (`LLaDAConfig.shifted`).
 
     Attributes:
         config: sizes and ids from ``config.json``.
@@ -74,27 +74,27 @@ class LLaDA(nn.Module):
             raw |= {key: known[key] for key in missing}
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
-        weights.load_(model, directory, tied=config.weight_tying, device=target, dtype=target_dtype)
+        weights.load_(model, directory, device=target, dtype=target_dtype)
         model._describe(directory, facts)
         return model
 
     @classmethod
     def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
-        """Wrap a loaded transformers ``LLaDAModelLM``; tensors are shared, not copied.
+        """Wrap a loaded transformers ``LLaDAModelLM`` or ``DreamModel``; tensors are shared, not copied.
 
         Only the module's ``config``, the names of its tensors and the JSON files that it was loaded with are read.
         ``vocab_size`` is ``len(tokenizer)``, by default that of a tokenizer among those files; without one every row of
         the head up to the config's ``vocab_size`` may be written.
 
         Raises:
-            TypeError: not a module. ValueError: no LLaDA, a mixture of experts, tensors that are not all on one device,
-                or a ``vocab_size`` beyond the embedding.
+            TypeError: not a module. ValueError: another model, a mixture of experts, tensors that are not all on one
+                device, or a ``vocab_size`` beyond the embedding.
         """
         if not isinstance(module, nn.Module):
-            raise TypeError(f"model: {type(module).__name__} given; a LLaDA or a loaded LLaDAModelLM is needed")
+            raise TypeError(f"model: {type(module).__name__} given; a LLaDA or transformers' module of one is needed")
         raw, given = getattr(module, "config", None), type(module).__name__
         if raw is None or not hasattr(raw, "to_dict"):
-            raise ValueError(f"model: {given} has no transformers config; a loaded LLaDAModelLM is needed")
+            raise ValueError(f"model: {given} has no transformers config; a LLaDAModelLM or DreamModel is needed")
         settings = raw.to_dict()
         if settings.get("num_experts"):
             raise ValueError(
@@ -103,7 +103,7 @@ class LLaDA(nn.Module):
             )
         config = LLaDAConfig.from_dict(settings, f"{given}.config")
         model = cls._empty(config)
-        weights.share_(model, module, tied=config.weight_tying)
+        weights.share_(model, module)
         if (directory := weights.loaded_from(raw)) is not None:
             model._describe(directory)
         if vocab_size is not None:
@@ -273,7 +273,8 @@ class LLaDA(nn.Module):
         return self.ln_f(x)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V] of every position, for training and tests; decoding never makes them.
+        """Logits [B, L, V] of every position, for training and tests; decoding never makes them. Where rows predict the
+        column behind theirs, they are shifted by one, and the first column has its own row's, as in Dream's code.
 
         Args:
             input_ids: LongTensor [B, L].
@@ -287,4 +288,6 @@ class LLaDA(nn.Module):
             real = attention_mask.bool()
             positions = (real.long().cumsum(1) - 1).clamp_min(0)
             hidden = self.hidden_states(input_ids, self.rope_tables(positions), real[:, None, None, :])
+        if self.config.shifted:
+            hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
         return F.linear(hidden, self.lm_head)

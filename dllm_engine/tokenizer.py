@@ -9,9 +9,9 @@ from typing import Any
 
 from dllm_engine.config import read_json
 
-# The names under which the LLaDA family ends a turn (LLaDA, with Llama 3's template; LLaDA-MoE). A model may end an
+# The names under which these models end a turn (LLaDA, with Llama 3's template; LLaDA-MoE; Dream). A model may end an
 # answer with it before any eos token, so it ends the text; its id comes from the tokenizer.
-_END_OF_TURN = "<|eot_id|>", "<|role_end|>"
+_END_OF_TURN = "<|eot_id|>", "<|role_end|>", "<|im_end|>"
 _MASK = "<|mdm_mask|>", "<|mask|>"  # the same of the mask, where no file says which token it is
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -84,7 +84,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def load_tokenizer(directory: Path | None) -> Any:
-    """``AutoTokenizer`` from local files only, never with remote code.
+    """``AutoTokenizer`` from local files only, never with remote code. Dream names a class that only such code has, and
+    that does what Qwen2's does.
 
     Raises:
         FileNotFoundError: no directory, or no tokenizer files in it.
@@ -93,8 +94,11 @@ def load_tokenizer(directory: Path | None) -> Any:
         raise FileNotFoundError("this model was built in memory and has no tokenizer; use token ids")
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{directory}: no tokenizer.json or tokenizer_config.json; use token ids")
-    from transformers import AutoTokenizer, PretrainedConfig
+    from transformers import AutoTokenizer, PretrainedConfig, Qwen2TokenizerFast
 
+    settings, fast = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    if not fast.exists() and read_json(settings).get("tokenizer_class") == "DreamTokenizer":
+        return Qwen2TokenizerFast.from_pretrained(str(directory), local_files_only=True)
     # an empty config: AutoTokenizer would read config.json and warn that it does not know the model type
     config = PretrainedConfig()
     return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, trust_remote_code=False)

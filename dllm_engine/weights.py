@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dllm_engine.config import read_json
+from dllm_engine.config import LLaDAConfig, read_json
 
-PREFIX = "model.transformer."  # checkpoint name = PREFIX + the name in our module
-HEAD = "ff_out.weight"
-# what a mixture of experts (LLaDA-MoE) calls our modules
-_OF_MIXTURES = {
-    "wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers",
+if TYPE_CHECKING:
+    from dllm_engine.model import LLaDA
+
+PREFIX = "model.transformer."  # LLaDA's checkpoint name = PREFIX + the name in our module
+_EMBEDDING, _HEAD = "wte.weight", "ff_out.weight"
+# what LLaDA-MoE and Dream call our modules: the model's own, and those of a layer
+_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers"}
+_INNER = {
     "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
     "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "attn_out": "self_attn.o_proj", "experts": "mlp",
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj", "experts": "mlp",
 }  # fmt: skip
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load_(module: nn.Module, directory: Path, *, tied: bool, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Give a module made on the meta device the weights of a checkpoint, in ``dtype`` or the checkpoint's own.
-
-    Args:
-        tied: whether the LM head is the embedding.
+def load_(model: LLaDA, directory: Path, *, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give a model made on the meta device the weights of a checkpoint, in ``dtype`` or the checkpoint's own.
 
     Raises:
-        FileNotFoundError, ValueError: the files are not all there, or hold something else than the module needs.
+        FileNotFoundError, ValueError: the files are not all there, or hold something else than the model needs.
     """
-    _assign(module, _read(_shards(directory), module, tied, device, dtype))
+    _assign(model, _read(_shards(directory), model, device, dtype))
 
 
-def share_(module: nn.Module, other: nn.Module, *, tied: bool) -> None:
-    """Give a module made on the meta device the tensors of another one, of transformers, that is loaded.
+def share_(model: LLaDA, other: nn.Module) -> None:
+    """Give a model made on the meta device the tensors of a module of transformers that is loaded.
 
     Raises:
-        ValueError: other tensors than the module needs, of several dtypes, or not all on one device.
+        ValueError: other tensors than the model needs, of several dtypes, or not all on one device.
     """
-    given = {n.removeprefix(PREFIX): p.detach() for n, p in other.named_parameters() if n.startswith(PREFIX)}
-    if tied and HEAD in given and given[HEAD].data_ptr() == given["wte.weight"].data_ptr():
-        del given[HEAD]
-    _match(_places(module), {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
+    head, embedding = (_full_name(name, model.config) for name in (_HEAD, _EMBEDDING))
+    roots = ("model.", "lm_head.") if _renames(model.config) else PREFIX
+    given = {name: p.detach() for name, p in other.named_parameters() if name.startswith(roots)}
+    if model.config.weight_tying and head in given and given[head].data_ptr() == given[embedding].data_ptr():
+        del given[head]
+    places = places_of(model)
+    _match(places, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
     floats, devices = {t.dtype for t in given.values()}, {str(t.device) for t in given.values()}
     if len(devices) != 1 or devices == {"meta"}:
         raise ValueError(f"model: tensors are on {', '.join(sorted(devices))}; all on one device are needed")
     if len(floats) != 1 or not floats <= set(_STORED.values()):
         raise ValueError(f"model: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
-    _assign(module, given)
+    _assign(model, {places[name].parameter: tensor for name, tensor in given.items()})
 
 
 def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -146,13 +150,13 @@ def _shards(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _read(
-    shards: dict[Path, list[str] | None], module: nn.Module, tied: bool, device: torch.device, dtype: Any
+    shards: dict[Path, list[str] | None], model: LLaDA, device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Copy tensor by tensor out of the memory-mapped shards, so that beside the weights one tensor is held at most."""
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-    files, stored, shapes, places = {}, {}, {}, _places(module)
+    files, stored, shapes, places = {}, {}, {}, places_of(model)
     for file, listed in shards.items():
         try:
             files[file] = safe_open(file, framework="pt", device="cpu")
@@ -162,29 +166,29 @@ def _read(
         absent = sorted(set(listed or ()) - held)
         if absent:
             raise ValueError(f"{file}: the index promises {absent[0]} ({len(absent)} such) but it is not in the shard")
-        for full in sorted(listed if listed is not None else held):
-            name = full.removeprefix(PREFIX)
-            part = files[file].get_slice(full)
+        for name in sorted(listed if listed is not None else held):
+            part = files[file].get_slice(name)
             if part.get_dtype() not in _STORED:
-                raise ValueError(f"{file}: {full} is stored as {part.get_dtype()}; supported: {', '.join(_STORED)}")
-            stored[name], shapes[name] = (file, full), tuple(part.get_shape())
+                raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; supported: {', '.join(_STORED)}")
+            stored[name], shapes[name] = file, tuple(part.get_shape())
 
-    if tied and HEAD in stored and "wte.weight" in stored:
-        head, embedding = (files[stored[n][0]].get_tensor(stored[n][1]) for n in (HEAD, "wte.weight"))
-        if head.shape != embedding.shape or not torch.equal(head, embedding):
-            raise ValueError("config.json says weight_tying true, but the stored LM head differs from the embedding")
-        del stored[HEAD], shapes[HEAD]
-    if not tied and HEAD not in stored and "wte.weight" in stored:
-        raise ValueError(f"config.json says weight_tying false, but {PREFIX}{HEAD} (the LM head) is not in the weights")
+    head, embedding = (_full_name(name, model.config) for name in (_HEAD, _EMBEDDING))
+    tied, tying = model.config.weight_tying, "tie_word_embeddings" if _renames(model.config) else "weight_tying"
+    if tied and head in stored and embedding in stored:
+        one, other = (files[stored[name]].get_tensor(name) for name in (head, embedding))
+        if one.shape != other.shape or not torch.equal(one, other):
+            raise ValueError(f"config.json says {tying} true, but the stored LM head differs from the embedding")
+        del stored[head], shapes[head]
+    if not tied and head not in stored and embedding in stored:
+        raise ValueError(f"config.json says {tying} false, but {head} (the LM head) is not in the weights")
     _match(places, shapes, "the checkpoint")
 
-    file, full = stored[next(name for name, place in places.items() if place.parameter == "wte.weight")]
-    dtype = dtype or _STORED[files[file].get_slice(full).get_dtype()]
-    tensors = _allocate(module, device, dtype)
+    dtype = dtype or _STORED[files[stored[embedding]].get_slice(embedding).get_dtype()]
+    tensors = _allocate(model, device, dtype)
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
-        for name, (where, full) in stored.items():
+        for name, where in stored.items():
             if where == file:
-                tensors[places[name].parameter][places[name].at].copy_(files[file].get_tensor(full))
+                tensors[places[name].parameter][places[name].at].copy_(files[file].get_tensor(name))
     return tensors
 
 
@@ -206,21 +210,31 @@ def _allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> di
 # -- module ---------------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """Where a tensor of a checkpoint goes: a parameter, or a part of one, its shape, and the tensor's whole name."""
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint goes: a parameter, or a part of one, and its shape."""
 
     parameter: str
     at: tuple[int | slice, ...]
     shape: tuple[int, ...]
-    full: str
 
 
-def _places(module: nn.Module) -> dict[str, _Place]:
-    """By name in the checkpoint, without ``PREFIX``."""
-    places: dict[str, _Place] = {}
-    mixed = any(name.endswith("experts.down") for name, _ in module.named_parameters())
-    for name, p in module.named_parameters():
-        stored = ".".join(_OF_MIXTURES.get(part, part) for part in name.split(".")) if mixed else name
+def _renames(config: LLaDAConfig) -> bool:
+    return config.num_experts > 0 or config.shifted
+
+
+def _full_name(parameter: str, config: LLaDAConfig) -> str:
+    """What a checkpoint calls a parameter (or what it is part of)."""
+    if not _renames(config):
+        return PREFIX + parameter
+    first, *others = parameter.split(".")
+    return ".".join((_OUTER[first], *(_INNER.get(part, part) for part in others)))
+
+
+def places_of(model: LLaDA) -> dict[str, Place]:
+    """Where each tensor of a checkpoint goes, by its name there."""
+    places: dict[str, Place] = {}
+    for name, p in model.named_parameters():
+        stored = _full_name(name, model.config)
         parts: dict[str, tuple[int | slice, ...]] = {stored: ()}
         layer, _, part = stored.rpartition(".")
         if part == "gate_up":
@@ -229,23 +243,21 @@ def _places(module: nn.Module) -> dict[str, _Place]:
             parts = {f"{layer}.experts.{e}.{n}.weight": (e, h) for e in range(len(p)) for n, h in halves.items()}
         elif part == "down":
             parts = {f"{layer}.experts.{e}.down_proj.weight": (e,) for e in range(len(p))}
-        for file_name, at in parts.items():
-            places[file_name] = _Place(name, at, tuple(p[at].shape), file_name if mixed else PREFIX + file_name)
+        places |= {full: Place(name, at, tuple(p[at].shape)) for full, at in parts.items()}
     return places
 
 
-def _match(places: dict[str, _Place], shapes: dict[str, tuple[int, ...]], source: str) -> None:
+def _match(places: dict[str, Place], shapes: dict[str, tuple[int, ...]], source: str) -> None:
     missing, unknown = sorted(places.keys() - shapes.keys()), sorted(shapes.keys() - places.keys())
     if missing:
         instead = f"; {unknown[0]}, which it has, is none of this model's" if unknown else ""
-        first = places[missing[0]].full
-        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {first}{instead}")
+        raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {missing[0]}{instead}")
     if unknown:
         raise ValueError(f"{source}: {len(unknown)} tensors that this model has no place for, the first: {unknown[0]}")
     for name, place in places.items():
         if shapes[name] != place.shape:
             given, needed = list(shapes[name]), list(place.shape)
-            raise ValueError(f"{source}: {place.full} has shape {given}, config.json needs {needed}")
+            raise ValueError(f"{source}: {name} has shape {given}, config.json needs {needed}")
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from dllm_engine import LearnedFilter, LLaDA, cli, decode
 from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.filter import model_ids
 from dllm_engine.tokenizer import answer_text, encode_prompt
-from dllm_engine.weights import _places
+from dllm_engine.weights import places_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # tested by the tests of what they describe
@@ -123,7 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "GSAI-ML").mkdir()
     (place / "GSAI-ML" / "LLaDA-8B-Instruct").symlink_to(eight_b)  # the hub id, found as a directory
     mixture = random_model()
-    stored = {at.full: mixture.get_parameter(at.parameter)[at.at].clone() for at in _places(mixture).values()}
+    stored = {name: mixture.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(mixture).items()}
     save(stored, place / "inclusionAI" / "LLaDA-MoE-7B-A1B-Instruct")
     write(
         "questions.jsonl", {"prompt": "Copy: 0 Alan Wells, 1 Amy Fox"}, {"prompt": "Reverse: 0 Carol King, 1 Amy Fox"}
