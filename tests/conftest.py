@@ -4,6 +4,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,12 @@ def ending_model(seed: int = 5, **changes: Any) -> LLaDA:
     return model
 
 
-def tiny_model(seed: int = 0, scale: float = 1.0, **changes: Any) -> LLaDA:
-    """A random model in memory whose predictions are peaked enough that rounding decides nothing."""
-    model = LLaDA(LLaDAConfig.from_dict(tiny_config(**changes)))
+def tiny_model(seed: int = 0, scale: float = 1.0, *, shifted: bool = False, **changes: Any) -> LLaDA:
+    """A random model in memory whose predictions are peaked enough that rounding decides nothing.
+
+    ``shifted``: rows predict the column behind theirs, as Dream's do.
+    """
+    model = LLaDA(replace(LLaDAConfig.from_dict(tiny_config(**changes)), shifted=shifted))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         with torch.no_grad():

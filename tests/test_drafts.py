@@ -32,12 +32,15 @@ def drafted() -> dict[str, tuple[Policy, int | None]]:
 ENDS = itertools.cycle(["off", "committed", "predicted", "committed"])
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
 @pytest.mark.parametrize(
     ("name", "cache", "ends", "drafts"),
     [(n, c, next(ENDS), d) for (n, c), d in zip(itertools.product(drafted(), CACHES), itertools.cycle([2, 4, 8]))],
 )
-def test_drafts_change_no_token(name: str, cache: str, ends: str, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (rule, steps) = ending_model(), drafted()[name]
+def test_drafts_change_no_token(
+    name: str, cache: str, ends: str, drafts: int, shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (rule, steps) = ending_model(shifted=shifted), drafted()[name]
     settings: dict[str, Any] = {
         "gen_length": 24,
         "block_length": 8,

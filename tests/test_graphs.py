@@ -26,10 +26,10 @@ BASE: dict[str, Any] = {"gen_length": 32, "block_length": 8, "cache": "dual"}
 LEARNED = LearnedFilter.from_pretrained(GOLDEN / "filter.safetensors", force=True)
 
 
-@pytest.fixture
-def model() -> LLaDA:
+@pytest.fixture(params=[False, True], ids=["", "shifted"])
+def model(request: pytest.FixtureRequest) -> LLaDA:
     """Random, in float32, with end ids that come up now and then."""
-    return ending_model(n_kv_heads=2)
+    return ending_model(n_kv_heads=2, shifted=request.param)
 
 
 class Fake:

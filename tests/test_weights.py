@@ -206,7 +206,7 @@ def test_end_ids_come_from_config_generation_config_and_tokenizer(tmp_path: Path
         ({"rope_theta": "abc"}, "config.json: rope_theta is 'abc'; a number is needed"),
         ({"eos_token_id": [1, "x"]}, "config.json: eos_token_id is 'x'; a whole number is needed"),
         ({"n_layers": 3}, "6 tensors missing|tensors missing, the first is model.transformer.blocks.2"),
-        ({"n_layers": 1}, "tensors that this model has no place for, the first: blocks.1"),
+        ({"n_layers": 1}, "tensors that this model has no place for, the first: model.transformer.blocks.1"),
         ({"mlp_hidden_size": 40}, r"ff_proj.weight has shape \[48, 32\], config.json needs \[40, 32\]"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
