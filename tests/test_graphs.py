@@ -98,6 +98,24 @@ def test_tokens_and_passes_are_the_same(
         assert set(fixed) <= {1, 2, 4, 5}, "sizes are powers of two, or all"
 
 
+def test_rows_that_fill_up_a_call_write_into_no_other_slot(
+    model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, call = [], BlockCalls._call
+
+    def noted(self: BlockCalls, count: int) -> None:
+        assert self.forward.kv is not None
+        others = self.forward.kv.data[:, :, len(self.joined) :, :, :-1]  # without the spare column
+        before = others.clone()
+        call(self, count)
+        filled.append(count > len(self.joined))
+        assert torch.equal(others, before)
+
+    monkeypatch.setattr(BlockCalls, "_call", noted)
+    decode(model, PROMPTS, policy=Threshold(0.5), **BASE)
+    assert any(filled)
+
+
 def test_later_decodes_replay_with_their_own_values(
     model: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,10 @@ PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 59], [9, 8, 7, 6, 5, 4, 3, 2, 44
 BASE: dict[str, Any] = {"gen_length": 32, "block_length": 8}
 
 
-@pytest.fixture(scope="module")
-def model() -> LLaDA:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "shifted"])
+def model(request: pytest.FixtureRequest) -> LLaDA:
     """Random, in float32, with end ids that come up now and then."""
-    return ending_model()
+    return ending_model(shifted=request.param)
 
 
 @pytest.mark.parametrize("text", ["none", "prefix", "dual", "dual/8", "prefix/1", "dual/never"])
@@ -114,3 +114,13 @@ def test_a_batch_gives_each_sequence_what_it_gets_alone(
         many = {r.index: r for r in engine.generate_many(PROMPTS, policy=Threshold(0.5), **BASE, **extra)}
     for i, result in many.items():
         assert result.sequence[-32:].tolist() == batch.sequences[i, -32:].tolist(), f"prompt {i}"
+
+
+@pytest.mark.parametrize(("seed", "shifted"), [(0, False), (5, False), (0, True), (3, True)])
+def test_columns_that_are_only_looked_at_leave_no_keys(seed: int, shifted: bool) -> None:
+    """Where no end comes in sight, to look for one changes nothing."""
+    model = tiny_model(seed, shifted=shifted)
+    settings: dict[str, Any] = {"gen_length": 64, "block_length": 8, "policy": Threshold(0.3), "cache": "dual/never"}
+    out = decode(model, PROMPTS, end_of_text="predicted", **settings)
+    assert int(out.generated_tokens.min()) == 64
+    assert torch.equal(out.sequences, decode(model, PROMPTS, end_of_text="off", **settings).sequences)
