@@ -169,7 +169,7 @@ def work(shape: Shape, batch: int, length: int, dtype: torch.dtype) -> tuple[int
     attention = 2 * shape.n_layers * shape.d_model * length
     return (
         shape.read_parameters() * dtype.itemsize + cache_bytes(shape, batch, length, dtype),
-        2 * batch * BLOCK * (shape.used_parameters() + attention),
+        2 * batch * (BLOCK + shape.dream) * (shape.used_parameters() + attention),
     )
 
 
@@ -241,9 +241,11 @@ def measured_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="4 layers of 256, 8,192 words, float32: for a CPU")
-    parser.add_argument("--moe", action="store_true", help="LLaDA-MoE's shape instead of LLaDA-8B's: 14 GiB")
-    parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4, with --moe 16)")
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--small", action="store_true", help="4 layers of 256, 8,192 words, float32: for a CPU")
+    shapes.add_argument("--moe", action="store_true", help="LLaDA-MoE's shape instead of LLaDA-8B's: 14 GiB")
+    shapes.add_argument("--dream", action="store_true", help="Dream-7B's shape instead: 14 GiB")
+    parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4, --moe 16, --dream 28)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --small float32")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the canvas; default 512 2048 8192, small 512 2048")
     parser.add_argument("--batches", type=int, nargs="+", help="default 1 4 16 64, small 1 8")
@@ -255,13 +257,11 @@ def main() -> None:
     batches = args.batches or ([1, 8] if args.small else [1, 4, 16, 64])
     if min(lengths) <= BLOCK or min(batches) < 1 or (args.layers is not None and args.layers < 1):
         parser.error(f"--lengths must be above {BLOCK}, --batches and --layers at least 1")
-    if args.small and args.moe:
-        parser.error("--small, --moe: one of them must go")
-    shape = SHAPES["small" if args.small else "moe" if args.moe else "8b"]
+    shape = SHAPES["small" if args.small else "moe" if args.moe else "dream" if args.dream else "8b"]
     shape = replace(shape, n_layers=args.layers) if args.layers else shape
     dtype = DTYPES[args.dtype or ("float32" if args.small else "bfloat16")]
     weights = shape.parameters() * dtype.itemsize
-    if device.type == "cpu" and not (args.small or args.moe or args.layers):
+    if device.type == "cpu" and shape is SHAPES["8b"]:
         parser.error(f"LLaDA-8B's shape needs a GPU with {weights / 2**30:.0f} GiB and more; --small runs on a CPU")
     free = available_bytes(device)
     if free is not None and weights > free:

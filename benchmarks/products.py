@@ -35,7 +35,7 @@ SHARED = 227 * 1024 // 2 - 1024  # bytes of shared memory that leave room for tw
 def matrices(shape: Shape) -> dict[str, tuple[int, int]]:
     """Features and depth of the products of a layer."""
     d, mlp = shape.d_model, shape.mlp
-    return {"qkv": (3 * d, d), "attn_out": (d, d), "gate_up": (2 * mlp, d), "ff_out": (d, mlp)}
+    return {"qkv": (d + 2 * shape.kv_size, d), "attn_out": (d, d), "gate_up": (2 * mlp, d), "ff_out": (d, mlp)}
 
 
 def choices(size: int, depth: int, rows: int) -> list[tuple[Config, int]]:

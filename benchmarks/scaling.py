@@ -138,7 +138,11 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=list(SHAPES), help="default: small, on a GPU 8b")
+    parser.add_argument(
+        "--shape",
+        choices=[name for name, shape in SHAPES.items() if not shape.dream],
+        help="default: small, on a GPU 8b",
+    )
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, of 8b bfloat16")
     parser.add_argument("--lengths", type=int, nargs="*", help="default 256 512 1024 2048, on a GPU to 8192")

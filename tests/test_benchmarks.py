@@ -51,7 +51,12 @@ def test_block_step(run: Run) -> None:
 def test_a_shape_counts_what_its_model_has() -> None:
     from models import SHAPES, random_model
 
-    for shape in (SHAPES["tiny"], replace(SHAPES["moe"], d_model=32, n_layers=2, n_heads=2, mlp=24, vocab=64)):
+    sizes = {"d_model": 32, "n_layers": 2, "mlp": 24, "vocab": 64}
+    for shape in (
+        SHAPES["tiny"],
+        replace(SHAPES["moe"], n_heads=2, **sizes),
+        replace(SHAPES["dream"], n_heads=4, kv_heads=1, **sizes),
+    ):
         model = random_model(shape, device=torch.device("cpu"), dtype=torch.float32, max_length=64)
         matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
         assert shape.parameters() == sum(matrices.values())
@@ -61,12 +66,15 @@ def test_a_shape_counts_what_its_model_has() -> None:
         assert shape.used_parameters() == shape.read_parameters() - unused
 
 
-def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dream", [False, True])
+def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch, dream: bool) -> None:
     """What is timed as a step computes the rows of the block, again and again."""
     import block_step
     from models import SHAPES, random_model
 
-    model = random_model(SHAPES["tiny"], device=torch.device("cpu"), dtype=torch.float32, max_length=96)
+    model = random_model(
+        replace(SHAPES["tiny"], dream=dream), device=torch.device("cpu"), dtype=torch.float32, max_length=96
+    )
     step = block_step.BlockStep(model, 2, 96)
     widths: list[tuple[int, ...]] = []
     hidden_states = LLaDA.hidden_states
@@ -78,7 +86,7 @@ def test_a_block_step_is_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
     step.step()
     step.step()
-    assert widths == [(2, block_step.BLOCK)] * 2
+    assert widths == [(2, block_step.BLOCK + dream)] * 2
 
 
 def test_products(run: Run) -> None:
@@ -246,7 +254,7 @@ def test_end_to_end_with_a_real_vocabulary(run: Run, tmp_path: Path) -> None:
         ("end_to_end.py", ["--gen-lengths", "33"], "--gen-lengths: 33 given; multiples of 32 are needed"),
         ("end_to_end.py", ["--turns", "0"], "--turns: 0 given; at least 1 is needed"),
         ("block_step.py", ["--device", "cpu"], "needs a GPU with 15 GiB and more; --small runs on a CPU"),
-        ("block_step.py", ["--small", "--moe"], "--small, --moe: one of them must go"),
+        ("block_step.py", ["--small", "--moe"], "--moe: not allowed with argument --small"),
         ("block_step.py", ["--small", "--lengths", "32"], "--lengths must be above 32"),
         ("scaling.py", ["--device", "cpu", "--shape", "8b"], "LLaDA-8B's shape needs a GPU"),
         ("serve_load.py", ["--turns", "0"], "--turns, --sample: a turn has at least a request"),
