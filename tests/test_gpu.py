@@ -153,12 +153,14 @@ def want_kernels(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLLM_LAYER_KERNELS", kernels)
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
 @pytest.mark.parametrize("kernels", ["1", "2", "3"])
-def test_layer_kernels_give_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_kernels_give_the_same_tokens(kernels: str, shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch's layers, kernel by kernel, then captured, then replayed."""
     if unavailable("triton"):
         pytest.skip(unavailable("triton"))
-    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2)
+    torch.manual_seed(0)  # biases
+    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2, include_qkv_bias=shifted, shifted=shifted)
     model = LLaDA.uninitialised(source.config, torch.device("cuda"), torch.float16)
     model.load_state_dict(source.state_dict())
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 4, "cache": "dual"}
