@@ -1,4 +1,4 @@
-"""dllm-engine: fast decoding for masked diffusion language models (LLaDA and its family)."""
+"""dllm-engine: fast decoding for masked diffusion language models (LLaDA and its family, Dream)."""
 
 from dllm_engine import policies
 from dllm_engine._version import __version__

@@ -68,7 +68,7 @@ def _one_line(message: Warning | str, *where: Any, **line: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dllm-engine",
-        description="Fast decoding for masked diffusion language models (LLaDA and its family).",
+        description="Fast decoding for masked diffusion language models (LLaDA and its family, Dream).",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

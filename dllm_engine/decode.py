@@ -44,7 +44,7 @@ def decode(
     default in brackets.
 
     Args:
-        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM`` (its tensors are shared).
+        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM`` or ``DreamModel`` (its tensors are shared).
         input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints,
             of tensors [P] or of numpy's arrays.
         gen_length: tokens to generate, a multiple of ``block_length`` (128).

@@ -1,6 +1,6 @@
-"""A layer of LLaDA's transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU or experts.
+"""A layer of the transformer: pre-norm, RMSNorm and RoPE in float32, bidirectional attention, SwiGLU or experts.
 
-The module names are those of LLaDA's checkpoints, so their map is one prefix (`weights.PREFIX`); LLaDA-MoE's has parts.
+The module names are those of LLaDA's checkpoints; `weights` has what others call them.
 """
 
 from __future__ import annotations

@@ -137,6 +137,8 @@ class LLaDA(nn.Module):
                 end_ids += id_list(raw["eos_token_id"], "eos_token_id", str(generation))
             self.generation_defaults = generation_config.defaults(raw, str(generation))
         facts = facts or read_facts(directory)
+        if facts.expands and self.config.shifted:
+            raise ValueError(f"{directory}: a DreamOn, whose <|expand|> lengthens the canvas, which is not supported")
         end_ids += facts.end_ids
         for i in end_ids:
             if not 0 <= i < rows:

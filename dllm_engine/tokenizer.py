@@ -13,16 +13,20 @@ from dllm_engine.config import read_json
 # answer with it before any eos token, so it ends the text; its id comes from the tokenizer.
 _END_OF_TURN = "<|eot_id|>", "<|role_end|>", "<|im_end|>"
 _MASK = "<|mdm_mask|>", "<|mask|>"  # the same of the mask, where no file says which token it is
+_EXPAND = "<|expand|>"  # DreamOn's: the position becomes two
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """size: ``len(tokenizer)``, None without one. end_ids: eos and end-of-turn ids. mask_id: of the mask token."""
+    """size: ``len(tokenizer)``, None without one. end_ids: eos and end-of-turn ids. mask_id: of the mask token.
+    expands: whether there is a token that lengthens the canvas.
+    """
 
     size: int | None
     end_ids: tuple[int, ...]
     mask_id: int | None
+    expands: bool
 
 
 def read_facts(directory: Path) -> TokenizerFacts:
@@ -34,7 +38,7 @@ def read_facts(directory: Path) -> TokenizerFacts:
     file = directory / "tokenizer.json"
     if not file.exists():
         if not (directory / "tokenizer_config.json").exists():
-            return TokenizerFacts(None, (), None)
+            return TokenizerFacts(None, (), None, expands=False)
         return _facts_of(load_tokenizer(directory))  # a slow tokenizer without tokenizer.json
     from tokenizers import Tokenizer
 
@@ -47,19 +51,20 @@ def read_facts(directory: Path) -> TokenizerFacts:
         return _facts_of(load_tokenizer(directory))  # which adds them to the vocabulary
     ends, masks = (*special.get("eos_token", ()), *_END_OF_TURN), (*special.get("mask_token", ()), *_MASK)
     size = fast.get_vocab_size(with_added_tokens=True)
-    return _found(size, map(fast.token_to_id, ends), map(fast.token_to_id, masks))
+    expands = fast.token_to_id(_EXPAND) is not None
+    return _found(size, map(fast.token_to_id, ends), map(fast.token_to_id, masks), expands=expands)
 
 
 def _facts_of(tokenizer: Any) -> TokenizerFacts:
     ids = tokenizer.get_vocab()
     ends, masks = (tokenizer.eos_token_id, *map(ids.get, _END_OF_TURN)), (tokenizer.mask_token_id, *map(ids.get, _MASK))
-    return _found(len(tokenizer), ends, masks)
+    return _found(len(tokenizer), ends, masks, expands=_EXPAND in ids)
 
 
-def _found(size: int, ends: Iterable[int | None], masks: Iterable[int | None]) -> TokenizerFacts:
+def _found(size: int, ends: Iterable[int | None], masks: Iterable[int | None], *, expands: bool) -> TokenizerFacts:
     """Of ids that a vocabulary may not have, those that it has; of masks the first."""
     end_ids = tuple(i for i in ends if i is not None)
-    return TokenizerFacts(size, end_ids, next((i for i in masks if i is not None), None))
+    return TokenizerFacts(size, end_ids, next((i for i in masks if i is not None), None), expands)
 
 
 def _special_tokens(directory: Path) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,14 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
 
 
-def write(model: Any, directory: Path, raw: dict[str, Any] = RAW) -> Path:
+def write(tensors: Mapping[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
     """The checkpoint as Dream's are published: no ``tokenizer.json``, and a tokenizer class of its own code."""
-    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.pre_tokenizers import ByteLevel  # which `make gpu` does without
 
     directory.mkdir(parents=True)
-    save_file(
-        {
-            n: t.clone()
-            for n, t in model.state_dict().items()
-            if n != "lm_head.weight" or not raw["tie_word_embeddings"]
-        },
-        directory / "model.safetensors",
-    )
+    tied = {"lm_head.weight"} if raw["tie_word_embeddings"] else set()
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in tied}
+    save_file(kept, directory / "model.safetensors")
     added = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     files: dict[str, Any] = {
         "config.json": raw,

@@ -21,12 +21,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import dreams
+import mixtures
 import pytest
 import torch
 from conftest import eight_b_in_miniature
-from mixtures import random_model, save
 
-from dllm_engine import LearnedFilter, LLaDA, cli, decode
+from dllm_engine import LearnedFilter, LLaDA, LLaDAConfig, cli, decode
 from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.filter import model_ids
 from dllm_engine.tokenizer import answer_text, encode_prompt
@@ -110,6 +111,11 @@ def smaller(text: str) -> str:
     return text
 
 
+def stored(model: LLaDA) -> dict[str, torch.Tensor]:
+    """Its tensors under the names of a checkpoint."""
+    return {name: model.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(model).items()}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files that the pages name."""
@@ -122,9 +128,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     eight_b = eight_b_in_miniature(place / "LLaDA-8B-Instruct")
     (place / "GSAI-ML").mkdir()
     (place / "GSAI-ML" / "LLaDA-8B-Instruct").symlink_to(eight_b)  # the hub id, found as a directory
-    mixture = random_model()
-    stored = {name: mixture.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(mixture).items()}
-    save(stored, place / "inclusionAI" / "LLaDA-MoE-7B-A1B-Instruct")
+    mixtures.save(stored(mixtures.random_model()), place / "inclusionAI" / "LLaDA-MoE-7B-A1B-Instruct")
+    dream = LLaDA(LLaDAConfig.from_dict(dreams.RAW)).requires_grad_(False)
+    dreams.randomise(dream, 0)
+    dreams.write(stored(dream), place / "Dream-org" / "Dream-v0-Instruct-7B")
     write(
         "questions.jsonl", {"prompt": "Copy: 0 Alan Wells, 1 Amy Fox"}, {"prompt": "Reverse: 0 Carol King, 1 Amy Fox"}
     )

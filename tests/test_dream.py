@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dllm_engine import Engine, LLaDA, LLaDAConfig, decode
 from dllm_engine.likelihood import log_likelihood
-from dllm_engine.tokenizer import encode_prompt
+from dllm_engine.tokenizer import encode_prompt, load_tokenizer
 
 IDS = torch.tensor([[3, 4, 40, 12, 50, 260, 260, 7], [9, 260, 22, 31, 260, 2, 8, 260]])
 PROMPTS = [[3, 4, 40, 12], [9, 22, 31, 2, 8, 50, 17], [11]]
@@ -31,7 +31,7 @@ def truth() -> Any:
 
 @pytest.fixture(scope="module")
 def checkpoint(truth: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(truth, tmp_path_factory.mktemp("dream") / "model")
+    return write(truth.state_dict(), tmp_path_factory.mktemp("dream") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, changes: dict[str, Any
     raw = RAW | changes
     other = reference(raw, seed=3)
     expected = logits_of(other, IDS)
-    loaded = LLaDA.from_pretrained(write(other, tmp_path / "model", raw), device="cpu")
+    loaded = LLaDA.from_pretrained(write(other.state_dict(), tmp_path / "model", raw), device="cpu")
     assert torch.allclose(loaded(IDS), expected, atol=1e-4)
     assert float(expected.std()) > 1
     padded = torch.cat((torch.full((2, 3), 256), IDS), dim=1)
@@ -133,6 +133,20 @@ def test_its_mask_may_be_known_to_the_tokenizer_alone(checkpoint: Path, tmp_path
     raw = {key: value for key, value in RAW.items() if key != "mask_token_id"}
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     assert LLaDA.from_pretrained(tmp_path, device="cpu").mask_id == 260
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_dreamon_is_refused(checkpoint: Path, tmp_path: Path, fast: bool) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["added_tokens_decoder"]["261"] = settings["added_tokens_decoder"]["260"] | {"content": "<|expand|>"}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    if fast:
+        load_tokenizer(tmp_path).save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match=r"a DreamOn, whose <\|expand\|> lengthens the canvas"):
+        LLaDA.from_pretrained(tmp_path, device="cpu")
 
 
 def test_a_loaded_module_is_shared(truth: Any, model: LLaDA) -> None:
