@@ -53,6 +53,7 @@ _DREAM_FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (["DreamModel"], None),
     "block_size": (None,),
     "hidden_act": ("silu",),
+    "num_experts": (None, 0),
     "rope_scaling": (None,),
     "use_mrope": (False, None),
     "use_sliding_window": (False, None),
@@ -139,8 +140,8 @@ class LLaDAConfig:
                 f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' and 'Dream' checkpoints"
             )
         dream = raw["model_type"] == "Dream"
-        mixture = bool(raw.get("num_experts")) and not dream
-        layout = _DREAM if dream else _MIXTURE if mixture else _LLADA
+        layout = _DREAM if dream else _MIXTURE if raw.get("num_experts") else _LLADA
+        mixture = layout is _MIXTURE
         for key, allowed in layout.fixed.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")

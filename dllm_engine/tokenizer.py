@@ -99,11 +99,13 @@ def load_tokenizer(directory: Path | None) -> Any:
         raise FileNotFoundError("this model was built in memory and has no tokenizer; use token ids")
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{directory}: no tokenizer.json or tokenizer_config.json; use token ids")
-    from transformers import AutoTokenizer, PretrainedConfig, Qwen2TokenizerFast
-
-    settings, fast = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    fast, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not fast.exists() and read_json(settings).get("tokenizer_class") == "DreamTokenizer":
+        from transformers import Qwen2TokenizerFast
+
         return Qwen2TokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    from transformers import AutoTokenizer, PretrainedConfig
+
     # an empty config: AutoTokenizer would read config.json and warn that it does not know the model type
     config = PretrainedConfig()
     return AutoTokenizer.from_pretrained(str(directory), config=config, local_files_only=True, trust_remote_code=False)

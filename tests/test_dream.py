@@ -188,6 +188,7 @@ def test_likelihood_averages_every_mask(truth: Any, model: LLaDA) -> None:
             r"architectures is \['DreamForCausalLM'\]; supported: \['DreamModel'\]",
         ),
         ({"block_size": 32}, "block_size is 32; supported: None"),
+        ({"num_experts": 8}, "num_experts is 8; supported: None or 0"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling is {"),
         ({"use_mrope": True}, "use_mrope is True"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
