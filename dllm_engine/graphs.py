@@ -57,8 +57,7 @@ class BlockCalls:
         weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
         self.sequences, self.rule = sequences, replace(rule, bounds=bounds, weights=weights)
         self.layers = [self._kept(i, layer, buffers) for i, layer in enumerate(forward.joined)]
-        shift = forward.shift
-        self.offsets = torch.arange(-shift, self.state.block_length, device=device)
+        self.offsets = torch.arange(-forward.shift, self.state.block_length, device=device)
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]

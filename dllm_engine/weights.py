@@ -13,7 +13,7 @@ from dllm_engine.config import LLaDAConfig, read_json
 if TYPE_CHECKING:
     from dllm_engine.model import LLaDA
 
-PREFIX = "model.transformer."  # LLaDA's checkpoint name = PREFIX + the name in our module
+_PREFIX = "model.transformer."  # in LLaDA's checkpoints, before the names of our modules
 _EMBEDDING, _HEAD = "wte.weight", "ff_out.weight"
 # what LLaDA-MoE and Dream call our modules: the model's own, and those of a layer
 _OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers"}
@@ -43,12 +43,7 @@ def share_(model: LLaDA, other: nn.Module) -> None:
     Raises:
         ValueError: other tensors than the model needs, of several dtypes, or not all on one device.
     """
-    head, embedding = (_full_name(name, model.config) for name in (_HEAD, _EMBEDDING))
-    roots = ("model.", "lm_head.") if _renames(model.config) else PREFIX
-    given = {name: p.detach() for name, p in other.named_parameters() if name.startswith(roots)}
-    if model.config.weight_tying and head in given and given[head].data_ptr() == given[embedding].data_ptr():
-        del given[head]
-    places = places_of(model)
+    given, places = _tensors_of(other, model.config), places_of(model)
     _match(places, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
     floats, devices = {t.dtype for t in given.values()}, {str(t.device) for t in given.values()}
     if len(devices) != 1 or devices == {"meta"}:
@@ -63,10 +58,20 @@ def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> No
     _assign(module, _allocate(module, device, dtype))
 
 
-def addresses(module: nn.Module, prefix: str = "") -> dict[str, int]:
-    """Where the parameters under a prefix lie, by the rest of their names."""
-    named = ((n, p) for n, p in module.named_parameters() if n.startswith(prefix))
-    return {n.removeprefix(prefix): p.data_ptr() for n, p in named}
+def shares(model: LLaDA, other: nn.Module) -> bool:
+    """Whether the model's tensors are still those of the module."""
+    own = {_full_name(name, model.config): p.data_ptr() for name, p in model.named_parameters()}
+    return own == {name: tensor.data_ptr() for name, tensor in _tensors_of(other, model.config).items()}
+
+
+def _tensors_of(other: nn.Module, config: LLaDAConfig) -> dict[str, Tensor]:
+    """A module's tensors by their names in a checkpoint, without an LM head that is the embedding."""
+    roots = ("model.", "lm_head.") if _renames(config) else _PREFIX
+    given = {name: p.detach() for name, p in other.named_parameters() if name.startswith(roots)}
+    head, embedding = (given.get(_full_name(name, config)) for name in (_HEAD, _EMBEDDING))
+    if config.weight_tying and head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
+        del given[_full_name(_HEAD, config)]
+    return given
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -225,7 +230,7 @@ def _renames(config: LLaDAConfig) -> bool:
 def _full_name(parameter: str, config: LLaDAConfig) -> str:
     """What a checkpoint calls a parameter (or what it is part of)."""
     if not _renames(config):
-        return PREFIX + parameter
+        return _PREFIX + parameter
     first, *others = parameter.split(".")
     return ".".join((_OUTER[first], *(_INNER.get(part, part) for part in others)))
 

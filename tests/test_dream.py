@@ -154,8 +154,9 @@ def test_a_loaded_module_is_shared(truth: Any, model: LLaDA) -> None:
     shared = LLaDA.from_transformers(truth, vocab_size=261)
     assert shared.lm_head.data_ptr() == truth.lm_head.weight.data_ptr()
     assert shared.blocks[1].k_proj.bias.data_ptr() == truth.model.layers[1].self_attn.k_proj.bias.data_ptr()
-    out = decode(shared, PROMPTS, policy="threshold=0.5", **BASE)
-    assert torch.equal(out.sequences, decode(model, PROMPTS, policy="threshold=0.5", **BASE).sequences)
+    expected = decode(model, PROMPTS, policy="threshold=0.5", **BASE).sequences
+    assert torch.equal(decode(shared, PROMPTS, policy="threshold=0.5", **BASE).sequences, expected)
+    assert Engine.kept(truth) is Engine.kept(truth)
 
 
 @pytest.mark.parametrize("context", [[], [7, 3, 260, 41]], ids=["alone", "behind a context"])
