@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,8 @@ _INNER = {
 }  # fmt: skip
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt")  # of what a checkpoint is read from
+_HEAD_BYTES, _SAMPLE = 2**16, 512  # see `digest`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -127,6 +130,27 @@ def local(path: str | Path, argument: str = "path") -> Path | None:
             f"{argument}: no directory {directory} (and {name!r} is no hub id of the form 'owner/name')"
         )
     return None
+
+
+def digest(directory: Path) -> str:
+    """What tells a checkpoint from another one in its place, without reading all of it: of weights the first 64 KiB
+    (names and shapes) and a thousand samples, everything else whole.
+    """
+    made = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix not in _SUFFIXES:
+            continue
+        size = file.stat().st_size
+        made.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as stream:
+            if file.suffix != ".safetensors":
+                made.update(stream.read())
+                continue
+            made.update(stream.read(_HEAD_BYTES))
+            for at in range(_HEAD_BYTES, size, max(size // 1024, _SAMPLE)):
+                stream.seek(at)
+                made.update(stream.read(_SAMPLE))
+    return f"sha256 {made.hexdigest()[:16]}"
 
 
 def _shards(directory: Path) -> dict[Path, list[str] | None]:

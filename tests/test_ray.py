@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from dllm_engine import Engine, LearnedFilter, LLaDA, cli, decode, policies, tasks
+from dllm_engine.built_in import DEMO_MODEL
 from dllm_engine.integrations import ray as on_ray
 from dllm_engine.integrations import ray_file
 from dllm_engine.integrations.ray_file import decode_file
@@ -137,6 +139,36 @@ def test_a_filters_file_is_the_same_from_everywhere(tmp_path: Path, monkeypatch:
         with pytest.raises(InterruptedError):
             ray_file.decode_file("rows.jsonl", "out", policy=text)
     assert held == [f"learn2pd={tmp_path}/net.safetensors@0.9"] * 2 + ["topk=4"]
+
+
+def test_another_checkpoint_in_the_same_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def shards(*where: Any, settings: dict[str, Any], **how: Any) -> Any:
+        held.append(settings["model_files"])
+        raise InterruptedError
+
+    def look(model: str | Path | None) -> str | None:
+        with pytest.raises(InterruptedError):
+            ray_file.decode_file("rows.jsonl", "out", model=model)
+        return held[-1]
+
+    monkeypatch.setattr(ray_file, "import_ray", lambda: None)
+    monkeypatch.setattr(ray_file, "Shards", shards)
+    one, other = tmp_path / "one", tmp_path / "other"
+    for place in (one, other):
+        shutil.copytree(DEMO_MODEL, place)
+    assert look(one) == look(other)
+    (other / "notes.md").write_text("not read")
+    assert look(one) == look(other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    middle = len(weights) // 2
+    weights[middle:] = bytes(byte ^ 1 for byte in weights[middle:])
+    (other / "model.safetensors").write_bytes(weights)
+    assert look(one) != look(other)
+    (one / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert look(one) not in held[:-1]
+    assert look(None) is look("owner/name") is None
 
 
 def test_shards_hold_the_rows_in_order_and_know_what_is_missing(tmp_path: Path) -> None:
