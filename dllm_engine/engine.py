@@ -108,7 +108,7 @@ class Engine:
         """Whether a module's tensors are those of this engine's model, and so are its sizes and ids."""
         if model is self.model:
             return True
-        if not weights.shares(self.model, model):
+        if not weights.shares(self.model, self.model.config, model):
             return False
         config: Any = model.config
         return LLaDAConfig.from_dict(config.to_dict(), "model.config") == self.model.config

@@ -74,7 +74,7 @@ class LLaDA(nn.Module):
             raw |= {key: known[key] for key in missing}
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
-        weights.load_(model, directory, device=target, dtype=target_dtype)
+        weights.load_(model, config, directory, device=target, dtype=target_dtype)
         model._describe(directory, facts)
         return model
 
@@ -103,7 +103,7 @@ class LLaDA(nn.Module):
             )
         config = LLaDAConfig.from_dict(settings, f"{given}.config")
         model = cls._empty(config)
-        weights.share_(model, module)
+        weights.share_(model, config, module)
         if (directory := weights.loaded_from(raw)) is not None:
             model._describe(directory)
         if vocab_size is not None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dllm_engine.config import LLaDAConfig, read_json
-
-if TYPE_CHECKING:
-    from dllm_engine.model import LLaDA
 
 _PREFIX = "model.transformer."  # in LLaDA's checkpoints, before the names of our modules
 _EMBEDDING, _HEAD = "wte.weight", "ff_out.weight"
@@ -31,29 +28,31 @@ _HEAD_BYTES, _SAMPLE = 2**16, 512  # see `digest`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def load_(model: LLaDA, directory: Path, *, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Give a model made on the meta device the weights of a checkpoint, in ``dtype`` or the checkpoint's own.
+def load_(
+    module: nn.Module, config: LLaDAConfig, directory: Path, *, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give a module made on the meta device the weights of a checkpoint, in ``dtype`` or the checkpoint's own.
 
     Raises:
-        FileNotFoundError, ValueError: the files are not all there, or hold something else than the model needs.
+        FileNotFoundError, ValueError: the files are not all there, or hold something else than the module needs.
     """
-    _assign(model, _read(_shards(directory), model, device, dtype))
+    _assign(module, _read(_shards(directory), module, config, device, dtype))
 
 
-def share_(model: LLaDA, other: nn.Module) -> None:
-    """Give a model made on the meta device the tensors of a module of transformers that is loaded.
+def share_(module: nn.Module, config: LLaDAConfig, other: nn.Module) -> None:
+    """Give a module made on the meta device the tensors of another one, of transformers, that is loaded.
 
     Raises:
-        ValueError: other tensors than the model needs, of several dtypes, or not all on one device.
+        ValueError: other tensors than the module needs, of several dtypes, or not all on one device.
     """
-    given, places = _tensors_of(other, model.config), places_of(model)
+    given, places = _tensors_of(other, config), places_of(module, config)
     _match(places, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
     floats, devices = {t.dtype for t in given.values()}, {str(t.device) for t in given.values()}
     if len(devices) != 1 or devices == {"meta"}:
         raise ValueError(f"model: tensors are on {', '.join(sorted(devices))}; all on one device are needed")
     if len(floats) != 1 or not floats <= set(_STORED.values()):
         raise ValueError(f"model: tensors are {sorted(map(str, floats))}; one of {', '.join(_FLOATS)} is needed")
-    _assign(model, {places[name].parameter: tensor for name, tensor in given.items()})
+    _assign(module, {places[name].parameter: tensor for name, tensor in given.items()})
 
 
 def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -61,10 +60,10 @@ def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> No
     _assign(module, _allocate(module, device, dtype))
 
 
-def shares(model: LLaDA, other: nn.Module) -> bool:
-    """Whether the model's tensors are still those of the module."""
-    own = {_full_name(name, model.config): p.data_ptr() for name, p in model.named_parameters()}
-    return own == {name: tensor.data_ptr() for name, tensor in _tensors_of(other, model.config).items()}
+def shares(module: nn.Module, config: LLaDAConfig, other: nn.Module) -> bool:
+    """Whether the module's tensors are still those of the other one."""
+    own = {_full_name(name, config): p.data_ptr() for name, p in module.named_parameters()}
+    return own == {name: tensor.data_ptr() for name, tensor in _tensors_of(other, config).items()}
 
 
 def _tensors_of(other: nn.Module, config: LLaDAConfig) -> dict[str, Tensor]:
@@ -179,13 +178,17 @@ def _shards(directory: Path) -> dict[Path, list[str] | None]:
 
 
 def _read(
-    shards: dict[Path, list[str] | None], model: LLaDA, device: torch.device, dtype: torch.dtype | None
+    shards: dict[Path, list[str] | None],
+    module: nn.Module,
+    config: LLaDAConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Copy tensor by tensor out of the memory-mapped shards, so that beside the weights one tensor is held at most."""
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-    files, stored, shapes, places = {}, {}, {}, places_of(model)
+    files, stored, shapes, places = {}, {}, {}, places_of(module, config)
     for file, listed in shards.items():
         try:
             files[file] = safe_open(file, framework="pt", device="cpu")
@@ -201,8 +204,8 @@ def _read(
                 raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; supported: {', '.join(_STORED)}")
             stored[name], shapes[name] = file, tuple(part.get_shape())
 
-    head, embedding = (_full_name(name, model.config) for name in (_HEAD, _EMBEDDING))
-    tied, tying = model.config.weight_tying, "tie_word_embeddings" if _renames(model.config) else "weight_tying"
+    head, embedding = (_full_name(name, config) for name in (_HEAD, _EMBEDDING))
+    tied, tying = config.weight_tying, "tie_word_embeddings" if _renames(config) else "weight_tying"
     if tied and head in stored and embedding in stored:
         one, other = (files[stored[name]].get_tensor(name) for name in (head, embedding))
         if one.shape != other.shape or not torch.equal(one, other):
@@ -213,7 +216,7 @@ def _read(
     _match(places, shapes, "the checkpoint")
 
     dtype = dtype or _STORED[files[stored[embedding]].get_slice(embedding).get_dtype()]
-    tensors = _allocate(model, device, dtype)
+    tensors = _allocate(module, device, dtype)
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
         for name, where in stored.items():
             if where == file:
@@ -259,11 +262,11 @@ def _full_name(parameter: str, config: LLaDAConfig) -> str:
     return ".".join((_OUTER[first], *(_INNER.get(part, part) for part in others)))
 
 
-def places_of(model: LLaDA) -> dict[str, Place]:
+def places_of(module: nn.Module, config: LLaDAConfig) -> dict[str, Place]:
     """Where each tensor of a checkpoint goes, by its name there."""
     places: dict[str, Place] = {}
-    for name, p in model.named_parameters():
-        stored = _full_name(name, model.config)
+    for name, p in module.named_parameters():
+        stored = _full_name(name, config)
         parts: dict[str, tuple[int | slice, ...]] = {stored: ()}
         layer, _, part = stored.rpartition(".")
         if part == "gate_up":

@@ -113,7 +113,9 @@ def smaller(text: str) -> str:
 
 def stored(model: LLaDA) -> dict[str, torch.Tensor]:
     """Its tensors under the names of a checkpoint."""
-    return {name: model.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(model).items()}
+    return {
+        name: model.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(model, model.config).items()
+    }
 
 
 @pytest.fixture(scope="module")
