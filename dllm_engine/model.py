@@ -87,8 +87,9 @@ class LLaDA(nn.Module):
         the head up to the config's ``vocab_size`` may be written.
 
         Raises:
-            TypeError: not a module. ValueError: another model, a mixture of experts, tensors that are not all on one
-                device, or a ``vocab_size`` beyond the embedding.
+            TypeError: not a module, or tensors of other dtypes than the engine computes in.
+            ValueError: another model, a mixture of experts, tensors that are not all on one device, or a ``vocab_size``
+                beyond the embedding.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"model: {type(module).__name__} given; a LLaDA or transformers' module of one is needed")
@@ -104,6 +105,7 @@ class LLaDA(nn.Module):
         config = LLaDAConfig.from_dict(settings, f"{given}.config")
         model = cls._empty(config)
         weights.share_(model, config, module)
+        model.check_weights()
         if (directory := weights.loaded_from(raw)) is not None:
             model._describe(directory)
         if vocab_size is not None:

@@ -125,8 +125,12 @@ def test_a_transformers_module_shares_its_tensors(model: LLaDA) -> None:
         LLaDA.from_transformers(nn.Linear(2, 2))
     away = tiny_model()
     away.blocks[1].to("meta")
-    with pytest.raises(ValueError, match="model: tensors are on cpu, meta; all on one device are needed"):
+    with pytest.raises(ValueError, match="model: weights on cpu, meta; all on one device are needed"):
         LLaDA.from_transformers(LikeTransformers(away, tiny_config()))
+    with pytest.raises(
+        TypeError, match=r"model: weights of torch.float64 given; float32, bfloat16 or float16 is needed"
+    ):
+        LLaDA.from_transformers(LikeTransformers(tiny_model().double(), tiny_config()))
 
 
 def test_a_modules_config_is_looked_at_again(model: LLaDA) -> None:

@@ -331,6 +331,15 @@ def test_a_generation_config_gives_the_servers_defaults(demo_model: LLaDA, monke
     assert (options.block_length, repr(options.policy)) == (8, "TopK()")
 
 
+def test_a_request_is_not_blamed_for_the_servers_policy(demo_model: LLaDA) -> None:
+    planner = Planner(demo_model, Settings("demo", max_length=256, policy="topk=4").fitted(demo_model))
+    request = CompletionRequest(model="demo", prompt="", block_length=6)
+    with pytest.raises(ApiError) as error:
+        planner.jobs(request, [[4]], lambda event: None)
+    assert (error.value.status, error.value.param) == (400, "block_length")
+    assert str(error.value).startswith("block_length: 6 given, which does not fit this server's policy: topk=4 given;")
+
+
 def test_what_a_generation_config_says_in_vain_is_told(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "generation_defaults", {"steps": 4, "cfg_scale": 0.5, "policy": "topk"})
     with pytest.warns(UserWarning, match=r"generation_config.json: the server does not use steps and cfg_scale$"):

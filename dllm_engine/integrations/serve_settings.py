@@ -144,6 +144,9 @@ class Planner:
         try:
             options, seeds = self._options(request, gen_length), checks.check_seeds(request.seed, len(prompts))
         except (ValueError, TypeError) as error:
+            if request.policy is None and request.block_length is not None and str(error).startswith("policy:"):
+                message = f"block_length: {block} given, which does not fit this server's {error}"
+                raise ApiError(400, message, param="block_length", code="invalid_value") from None
             raise refused(error, _FIELDS, None if request.policy is None else "policy") from None
         deadline, stops, live = time.monotonic() + self.settings.timeout, request.stops, bool(request.stream)
         ends = self.model.end_ids
