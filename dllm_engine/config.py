@@ -34,7 +34,7 @@ _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
     "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
-# Its code takes a softmax over the experts and leaves the shares of the chosen ones as they are, whatever
+# LLaDA-MoE's code takes a softmax over the experts and leaves the shares of the chosen ones as they are, whatever
 # moe_router_score_function and norm_topk_prob say.
 _MIXTURE_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -47,8 +47,8 @@ _MIXTURE_FIXED: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (None,),
     "tie_word_embeddings": (False,),
 }
-# Its code gives queries, keys and values a bias, whatever attention_bias says. Models that share its model_type and are
-# block-causal, with logits that are not shifted, have another architecture and a block_size.
+# Dream's code gives queries, keys and values a bias, whatever attention_bias says. Models that share its model_type and
+# are block-causal, with logits that are not shifted, have another architecture and a block_size.
 _DREAM_FIXED: dict[str, tuple[Any, ...]] = {
     "architectures": (["DreamModel"], None),
     "block_size": (None,),
@@ -145,6 +145,13 @@ class LLaDAConfig:
         for key, allowed in layout.fixed.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
+        rope = raw.get("rope_parameters")  # where transformers 5 writes them
+        if layout.names and isinstance(rope, dict):
+            if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
+                raise ValueError(f"{source}: rope_parameters is {rope!r}; supported: rope_type 'default', all rotated")
+            raw = {"rope_theta": rope.get("rope_theta")} | raw
+        if dream:  # what its code takes for it
+            raw = {"tie_word_embeddings": False} | raw
 
         def name(key: str) -> str:
             return layout.names.get(key, key)

@@ -191,6 +191,8 @@ def test_likelihood_averages_every_mask(truth: Any, model: LLaDA) -> None:
         ({"block_size": 32}, "block_size is 32; supported: None"),
         ({"num_experts": 8}, "num_experts is 8; supported: None or 0"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling is {"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters is {'rope_type': 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "supported: rope_type 'default', all"),
         ({"use_mrope": True}, "use_mrope is True"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
@@ -206,6 +208,12 @@ def test_likelihood_averages_every_mask(truth: Any, model: LLaDA) -> None:
 def test_what_is_not_computed_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLaDAConfig.from_dict(RAW | changes)
+
+
+def test_a_config_as_transformers_5_writes_it() -> None:
+    raw = {key: value for key, value in RAW.items() if key not in ("rope_theta", "rope_scaling", "tie_word_embeddings")}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+    assert LLaDAConfig.from_dict(raw | rope) == LLaDAConfig.from_dict(RAW)
 
 
 def test_tensors_that_are_missing_or_differ_are_named(checkpoint: Path, tmp_path: Path) -> None:
