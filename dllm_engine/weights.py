@@ -23,7 +23,7 @@ _INNER = {
 }  # fmt: skip
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
-_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt")  # of what a checkpoint is read from
+_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]  # that are read; never *.bin, never *.py
 _HEAD_BYTES, _SAMPLE = 2**16, 512  # see `digest`
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -81,9 +81,8 @@ def find(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     name = str(path)
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]  # never *.bin, never *.py
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=_FILES))
     except Exception as error:  # the hub client raises its own, requests' and OS errors
         raise FileNotFoundError(f"path: no directory {name!r}, and the hub gave no such model ({error})") from error
 
@@ -131,9 +130,7 @@ def digest(directory: Path) -> str:
     (names and shapes) and a thousand samples, everything else whole.
     """
     made = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.suffix not in _SUFFIXES:
-            continue
+    for file in sorted({file for pattern in _FILES for file in directory.glob(pattern) if file.is_file()}):
         size = file.stat().st_size
         made.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:
