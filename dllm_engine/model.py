@@ -74,8 +74,8 @@ class LLaDA(nn.Module):
             raw |= {key: known[key] for key in missing}
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
-        weights.load_(model, config, directory, device=target, dtype=target_dtype)
         model._describe(directory, facts)
+        weights.load_(model, config, directory, device=target, dtype=target_dtype)
         return model
 
     @classmethod
@@ -139,6 +139,7 @@ class LLaDA(nn.Module):
                 end_ids += id_list(raw["eos_token_id"], "eos_token_id", str(generation))
             self.generation_defaults = generation_config.defaults(raw, str(generation))
         facts = facts or read_facts(directory)
+        self._tokenizer = facts.loaded
         if facts.expands and self.config.shifted:
             raise ValueError(f"{directory}: a DreamOn, whose <|expand|> lengthens the canvas, which is not supported")
         end_ids += facts.end_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 @dataclass(frozen=True)
 class TokenizerFacts:
     """size: ``len(tokenizer)``, None without one. end_ids: eos and end-of-turn ids. mask_id: of the mask token.
-    expands: whether there is a token that lengthens the canvas.
+    expands: whether there is a token that lengthens the canvas. loaded: the tokenizer itself, where it had to be.
     """
 
     size: int | None
     end_ids: tuple[int, ...]
     mask_id: int | None
     expands: bool
+    loaded: Any = field(default=None, compare=False, repr=False)
 
 
 def read_facts(directory: Path) -> TokenizerFacts:
@@ -58,7 +59,7 @@ def read_facts(directory: Path) -> TokenizerFacts:
 def _facts_of(tokenizer: Any) -> TokenizerFacts:
     ids = tokenizer.get_vocab()
     ends, masks = (tokenizer.eos_token_id, *map(ids.get, _END_OF_TURN)), (tokenizer.mask_token_id, *map(ids.get, _MASK))
-    return _found(len(tokenizer), ends, masks, expands=_EXPAND in ids)
+    return replace(_found(len(tokenizer), ends, masks, expands=_EXPAND in ids), loaded=tokenizer)
 
 
 def _found(size: int, ends: Iterable[int | None], masks: Iterable[int | None], *, expands: bool) -> TokenizerFacts:

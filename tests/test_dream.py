@@ -74,9 +74,8 @@ def test_a_decode_is_the_one_spelled_out(model: LLaDA, written: Written, cache: 
     expected = [written.decode(prompt, 24, 8, cache, threshold) for prompt in PROMPTS]
     policy = "topk" if threshold > 1 else f"threshold={threshold}"
     for prompt, answer in zip(PROMPTS, expected, strict=True):
-        assert (
-            decode(model, [prompt], policy=policy, cache=cache, **BASE).sequences[0, len(prompt) :].tolist() == answer
-        )
+        alone = decode(model, [prompt], policy=policy, cache=cache, **BASE)
+        assert alone.sequences[0].tolist() == prompt + answer
     together = decode(model, PROMPTS, policy=policy, cache=cache, **BASE)
     assert together.sequences[:, -24:].tolist() == expected
 
@@ -128,6 +127,16 @@ def test_what_its_files_say(model: LLaDA) -> None:
     assert model.tokenizer.decode(chat) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_its_tokenizer_is_loaded_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen2TokenizerFast
+
+    calls, load = [], Qwen2TokenizerFast.from_pretrained
+    monkeypatch.setattr(Qwen2TokenizerFast, "from_pretrained", lambda *a, **k: calls.append(a) or load(*a, **k))
+    model = LLaDA.from_pretrained(checkpoint, device="cpu")
+    assert model.tokenizer is model.tokenizer
+    assert len(calls) == 1
+
+
 def test_its_mask_may_be_known_to_the_tokenizer_alone(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     raw = {key: value for key, value in RAW.items() if key != "mask_token_id"}
@@ -145,6 +154,7 @@ def test_dreamon_is_refused(checkpoint: Path, tmp_path: Path, fast: bool) -> Non
     if fast:
         load_tokenizer(tmp_path).save_pretrained(tmp_path)
         assert (tmp_path / "tokenizer.json").exists()
+    (tmp_path / "model.safetensors").unlink()  # which nobody should have to wait for
     with pytest.raises(ValueError, match=r"a DreamOn, whose <\|expand\|> lengthens the canvas"):
         LLaDA.from_pretrained(tmp_path, device="cpu")
 
