@@ -242,9 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     shapes = parser.add_mutually_exclusive_group()
-    shapes.add_argument("--small", action="store_true", help="4 layers of 256, 8,192 words, float32: for a CPU")
-    shapes.add_argument("--moe", action="store_true", help="LLaDA-MoE's shape instead of LLaDA-8B's: 14 GiB")
-    shapes.add_argument("--dream", action="store_true", help="Dream-7B's shape instead: 14 GiB")
+    for name, text in (
+        ("small", "4 layers of 256, 8,192 words, float32: for a CPU"),
+        ("moe", "LLaDA-MoE's shape instead of LLaDA-8B's: 14 GiB"),
+        ("dream", "Dream-7B's shape instead: 14 GiB"),
+    ):
+        shapes.add_argument(f"--{name}", action="store_const", dest="shape", const=name, default="8b", help=text)
     parser.add_argument("--layers", type=int, help="instead of 32 (with --small 4, --moe 16, --dream 28)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --small float32")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the canvas; default 512 2048 8192, small 512 2048")
@@ -253,15 +256,15 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print only, append nothing")
     args = parser.parse_args()
     device, console = torch.device(args.device), Console(width=150)
-    lengths = args.lengths or ([512, 2048] if args.small else [512, 2048, 8192])
-    batches = args.batches or ([1, 8] if args.small else [1, 4, 16, 64])
+    small = args.shape == "small"
+    lengths = args.lengths or ([512, 2048] if small else [512, 2048, 8192])
+    batches = args.batches or ([1, 8] if small else [1, 4, 16, 64])
     if min(lengths) <= BLOCK or min(batches) < 1 or (args.layers is not None and args.layers < 1):
         parser.error(f"--lengths must be above {BLOCK}, --batches and --layers at least 1")
-    shape = SHAPES["small" if args.small else "moe" if args.moe else "dream" if args.dream else "8b"]
-    shape = replace(shape, n_layers=args.layers) if args.layers else shape
-    dtype = DTYPES[args.dtype or ("float32" if args.small else "bfloat16")]
+    shape = replace(SHAPES[args.shape], n_layers=args.layers) if args.layers else SHAPES[args.shape]
+    dtype = DTYPES[args.dtype or ("float32" if small else "bfloat16")]
     weights = shape.parameters() * dtype.itemsize
-    if device.type == "cpu" and shape is SHAPES["8b"]:
+    if device.type == "cpu" and args.shape == "8b" and not args.layers:
         parser.error(f"LLaDA-8B's shape needs a GPU with {weights / 2**30:.0f} GiB and more; --small runs on a CPU")
     free = available_bytes(device)
     if free is not None and weights > free:
