@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import numpy as np
 import pytest
 import torch
@@ -59,8 +60,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Every column sees every other; each row's logits are those of the column behind it."""
-    everything = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1])
-    logits = model(ids, attention_mask=everything, use_cache=False).logits
+    logits = mixtures.logits_of(model, ids)
     return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
 
 
