@@ -98,6 +98,8 @@ class LLaDAConfig:
         qk_norm: whether each head's query and key are normed before RoPE.
         shifted: whether a row predicts the column behind it (Dream, arXiv 2508.15487, as the autoregressive model that
             it was made from) and not its own.
+        block_size: columns of a block in block-causal attention: a row sees its own block and those before it. 0: rows see
+            all columns.
     """
 
     d_model: int
@@ -118,6 +120,7 @@ class LLaDAConfig:
     num_experts_per_tok: int = 0
     qk_norm: bool = False
     shifted: bool = False
+    block_size: int = 0
 
     @property
     def head_dim(self) -> int:
