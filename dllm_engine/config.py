@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-MODEL_TYPES = "llada", "lladamoe", "Dream"  # the second: copies of LLaDA-MoE that tell it from LLaDA
+# lladamoe: copies of LLaDA-MoE that tell it from LLaDA
+MODEL_TYPES = "llada", "lladamoe", "Dream", "llada2_moe", "sdar", "sdar_moe"
 
 
 class _Layout(NamedTuple):
     """How a family writes its config. fixed: what `layers.Block` computes, by key; a checkpoint that asks for anything
     else is refused, as running it anyway would give fluent, wrong text. names: its keys, where they are not LLaDA's.
+    instead: what its code takes for keys that are missing. always: what all its models have. mixture: of experts.
     """
 
     fixed: dict[str, tuple[Any, ...]]
-    names: dict[str, str]
+    names: Mapping[str, str]
+    instead: Mapping[str, Any] = MappingProxyType({})
+    always: Mapping[str, Any] = MappingProxyType({})
+    mixture: bool = False
 
 
 _LLADA_FIXED: dict[str, tuple[Any, ...]] = {
@@ -58,6 +65,27 @@ _DREAM_FIXED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "use_sliding_window": (False, None),
 }
+# LLaDA2's code does what the first two say without looking at them.
+_LLADA2_FIXED: dict[str, tuple[Any, ...]] = {
+    "norm_topk_prob": (True, None),
+    "score_function": ("sigmoid", None),
+    "use_qk_norm": (True, None),
+    "hidden_act": ("silu",),
+    "norm_head": (False, None),
+    "rope_scaling": (None,),
+    "use_bias": (False, None),
+    "use_qkv_bias": (False, None),
+    "use_rmsnorm": (True, None),
+    "use_sliding_window": (False, None),
+}
+_SDAR_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "decoder_sparse_step": (1, None),
+    "hidden_act": ("silu",),
+    "mlp_only_layers": ([], None),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+}
 _NAMES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -68,8 +96,36 @@ _NAMES = {
     "weight_tying": "tie_word_embeddings",
 }
 _LLADA = _Layout(_LLADA_FIXED, {})
-_MIXTURE = _Layout(_MIXTURE_FIXED, _NAMES | {"mlp_hidden_size": "expert_intermediate_size"})
-_DREAM = _Layout(_DREAM_FIXED, _NAMES)
+_MIXTURE = _Layout(_MIXTURE_FIXED, _NAMES | {"mlp_hidden_size": "expert_intermediate_size"}, mixture=True)
+_DREAM = _Layout(_DREAM_FIXED, _NAMES, {"tie_word_embeddings": False}, {"include_qkv_bias": True, "shifted": True})
+# block_size is no key of LLaDA2's: its code's generate has it as block_length
+_LLADA2 = _Layout(
+    _LLADA2_FIXED,
+    _NAMES
+    | {"mlp_hidden_size": "moe_intermediate_size", "dense_hidden_size": "intermediate_size"}
+    | {"dense_layers": "first_k_dense_replace"},
+    {"block_size": 32, "first_k_dense_replace": 0, "n_group": 8, "num_shared_experts": 0, "partial_rotary_factor": 0.5}
+    | {"routed_scaling_factor": 2.5, "tie_word_embeddings": False, "topk_group": 4},
+    {"qk_norm": True},
+    mixture=True,
+)
+_SDAR = _Layout(_SDAR_FIXED, _NAMES, {"block_size": 4, "tie_word_embeddings": False}, {"qk_norm": True})
+_SDAR_MOE = _SDAR._replace(
+    names=_NAMES | {"mlp_hidden_size": "moe_intermediate_size"},
+    instead={**_SDAR.instead, "norm_topk_prob": False},
+    mixture=True,
+)
+_LAYOUTS = {"Dream": _DREAM, "llada2_moe": _LLADA2, "sdar": _SDAR, "sdar_moe": _SDAR_MOE}
+
+
+class Routing(NamedTuple):
+    """LLaDA2's way to a row's experts; see `layers.Router`. groups: of experts, one behind the other; kept: how many of
+    them for a row; scale: what shares are multiplied by.
+    """
+
+    groups: int
+    kept: int
+    scale: float
 
 
 class ModelFacts(Protocol):
@@ -88,18 +144,24 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """Sizes, ids and constants of a model: LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE, Dream-7B and its kin.
+    """Sizes, ids and constants of a model: LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE, Dream-7B and its kin, LLaDA2, SDAR.
 
     Attributes:
         mlp_hidden_size: of a layer's MLP, or of each expert.
         embedding_size: rows of the embedding and of the LM head; at least ``vocab_size``.
         eos_token_ids: end ids named by the config. `LLaDA.end_ids` adds the tokenizer's and generation config's.
         num_experts, num_experts_per_tok: of each layer, and how many of them a row is sent to; 0 without a mixture.
+        norm_topk_prob: whether the shares of a row's experts are divided by their sum.
+        routing: how a row finds them; None: by a softmax over all.
+        shared_hidden_size: of the MLP beside the experts that all rows go through; 0 without one.
+        dense_layers, dense_hidden_size: how many of the first layers have an MLP and no experts, and its size.
+        head_dim: 0 becomes ``d_model // n_heads``, where that is whole.
+        partial_rotary_factor: the part of each head, its first elements, that RoPE turns.
         qk_norm: whether each head's query and key are normed before RoPE.
         shifted: whether a row predicts the column behind it (Dream, arXiv 2508.15487, as the autoregressive model that
             it was made from) and not its own.
-        block_size: columns of a block in block-causal attention: a row sees its own block and those before it. 0: rows see
-            all columns.
+        block_size: columns of a block in block-causal attention: a row sees its own block and those before it. 0: rows
+            see all columns.
     """
 
     d_model: int
@@ -121,10 +183,21 @@ class LLaDAConfig:
     qk_norm: bool = False
     shifted: bool = False
     block_size: int = 0
+    head_dim: int = 0
+    partial_rotary_factor: float = 1.0
+    dense_layers: int = 0
+    dense_hidden_size: int = 0
+    shared_hidden_size: int = 0
+    norm_topk_prob: bool = False
+    routing: Routing | None = None
+
+    def __post_init__(self) -> None:
+        if not self.head_dim and self.n_heads and self.d_model % self.n_heads == 0:
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def fill_id(self) -> int:
@@ -133,28 +206,27 @@ class LLaDAConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> LLaDAConfig:
-        """Read the original (OLMo-style) keys of a LLaDA ``config.json``, or those of a LLaDA-MoE or a Dream.
+        """Read the original (OLMo-style) keys of a LLaDA ``config.json``, or those of another family.
 
         Raises:
             ValueError: another architecture, a missing key, or a setting that this transformer does not compute.
         """
         if raw.get("model_type") not in MODEL_TYPES:
             raise ValueError(
-                f"{source}: model_type is {raw.get('model_type')!r}; this engine runs 'llada' and 'Dream' checkpoints"
+                f"{source}: model_type is {raw.get('model_type')!r}; this engine runs"
+                f" {', '.join(map(repr, MODEL_TYPES))}"
             )
-        dream = raw["model_type"] == "Dream"
-        layout = _DREAM if dream else _MIXTURE if raw.get("num_experts") else _LLADA
-        mixture = layout is _MIXTURE
+        layout = _LAYOUTS.get(raw["model_type"], _MIXTURE if raw.get("num_experts") else _LLADA)
         for key, allowed in layout.fixed.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{source}: {key} is {raw[key]!r}; supported: {' or '.join(map(repr, allowed))}")
         rope = raw.get("rope_parameters")  # where transformers 5 writes them
         if layout.names and isinstance(rope, dict):
-            if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
+            partial = layout is _LLADA2 or rope.get("partial_rotary_factor", 1) == 1
+            if rope.get("rope_type", "default") != "default" or not partial:
                 raise ValueError(f"{source}: rope_parameters is {rope!r}; supported: rope_type 'default', all rotated")
-            raw = {"rope_theta": rope.get("rope_theta")} | raw
-        if dream:  # what its code takes for it
-            raw = {"tie_word_embeddings": False} | raw
+            raw = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope} | raw
+        raw = raw | {key: value for key, value in layout.instead.items() if raw.get(key) is None}
 
         def name(key: str) -> str:
             return layout.names.get(key, key)
@@ -182,8 +254,28 @@ class LLaDAConfig:
             return value
 
         d_model, n_heads, n_layers = count("d_model"), count("n_heads"), count("n_layers")
-        if mixture and need("moe_layer_freq") != [1] * n_layers:
-            raise ValueError(f"{source}: moe_layer_freq is {raw['moe_layer_freq']!r}; supported: 1 for each layer")
+        more = dict(layout.always)
+        if layout.mixture:
+            more |= {key: count(key) for key in ("num_experts", "num_experts_per_tok")}
+        if layout is _LLADA:
+            more["include_qkv_bias"] = flag("include_qkv_bias", raw.get("include_qkv_bias") or False)
+        if layout is _MIXTURE:
+            if need("moe_layer_freq") != [1] * n_layers:
+                raise ValueError(f"{source}: moe_layer_freq is {raw['moe_layer_freq']!r}; supported: 1 for each layer")
+            more["qk_norm"] = flag("qk_layernorm", raw.get("qk_layernorm") or False)
+        if layout is _SDAR_MOE:
+            more["norm_topk_prob"] = flag("norm_topk_prob", need("norm_topk_prob"))
+        if layout is _LLADA2:
+            more["dense_layers"] = count("dense_layers")
+            more["dense_hidden_size"] = count("dense_hidden_size") if more["dense_layers"] else 0
+            more["shared_hidden_size"] = count("num_shared_experts") * count("mlp_hidden_size")
+            more["partial_rotary_factor"] = real("partial_rotary_factor")
+            more["routing"] = Routing(count("n_group"), count("topk_group"), real("routed_scaling_factor"))
+            more["norm_topk_prob"] = more["num_experts_per_tok"] > 1
+        if "block_size" in layout.instead:
+            more |= {"block_size": count("block_size"), "head_dim": count("head_dim", 0)}
+            if more["block_size"] < 1:
+                raise ValueError(f"{source}: block_size is {more['block_size']}; it must be at least 1")
         vocab_size = count("vocab_size")
         config = cls(
             d_model=d_model,
@@ -201,11 +293,7 @@ class LLaDAConfig:
             rms_norm_eps=real("rms_norm_eps"),
             rope_theta=real("rope_theta"),
             weight_tying=flag("weight_tying", need("weight_tying")),
-            include_qkv_bias=dream or flag("include_qkv_bias", raw.get("include_qkv_bias") or False),
-            num_experts=count("num_experts") if mixture else 0,
-            num_experts_per_tok=count("num_experts_per_tok") if mixture else 0,
-            qk_norm=mixture and flag("qk_layernorm", raw.get("qk_layernorm") or False),
-            shifted=dream,
+            **more,
         )
         config._check(source)
         return config
@@ -219,9 +307,15 @@ class LLaDAConfig:
                 f"{source}: rope_theta is {self.rope_theta}, rms_norm_eps {self.rms_norm_eps};"
                 " above 0 and at least 0 are needed"
             )
-        if self.d_model % self.n_heads or self.head_dim % 2:
+        if self.head_dim < 1 or self.head_dim % 2:
             raise ValueError(
-                f"{source}: d_model {self.d_model} over n_heads {self.n_heads} must be a whole, even head size"
+                f"{source}: head_dim is {self.head_dim or None}; it or d_model {self.d_model} over n_heads"
+                f" {self.n_heads} must be a whole, even head size"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"{source}: partial_rotary_factor is {self.partial_rotary_factor}; up to 1 and, of head_dim,"
+                f" {self.head_dim}, an even part is needed"
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{source}: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}")
@@ -230,6 +324,15 @@ class LLaDAConfig:
                 f"{source}: num_experts_per_tok is {self.num_experts_per_tok}; 1 to num_experts, {self.num_experts},"
                 " is needed"
             )
+        if self.routing is not None:
+            (groups, kept, _), size = self.routing, self.num_experts // max(self.routing.groups, 1)
+            fits = size >= 2 and size * groups == self.num_experts and self.num_experts_per_tok <= size * kept
+            if not fits or not 1 <= kept <= groups:
+                raise ValueError(
+                    f"{source}: n_group is {groups}, topk_group {kept}; equal groups of at least 2 of num_experts,"
+                    f" {self.num_experts}, are needed, and num_experts_per_tok, {self.num_experts_per_tok}, in those"
+                    " kept"
+                )
         if self.embedding_size < self.vocab_size:
             raise ValueError(f"{source}: embedding_size {self.embedding_size} < vocab_size {self.vocab_size}")
         if not self.eos_token_ids:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm_engine.config import LLaDAConfig
+from dllm_engine.config import LLaDAConfig, Routing
 
 if TYPE_CHECKING:
     from dllm_engine.kernels.products import Parts
@@ -34,7 +34,9 @@ class RMSNorm(nn.Module):
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves (NeoX style) in float32. x [B, H, S, Dh]; cos, sin [B, 1, S, Dh]."""
+    """Rotate halves (NeoX style) of the first R elements in float32. x [B, H, S, Dh]; cos, sin [B, 1, S, R]."""
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :size], cos, sin), x[..., size:]), dim=-1)
     x32 = x.float()
     left, right = x32.chunk(2, dim=-1)
     return (x32 * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
@@ -58,7 +60,7 @@ class Embedding(nn.Embedding):
 
 def plain(module: nn.Module) -> bool:
     """Whether to multiply by the module's weight is to call it: it is one of ours, and nobody hooked it."""
-    ours = type(module) in (Linear, Embedding, RMSNorm, Mixture, Block, nn.ModuleList)
+    ours = type(module) in (Linear, Embedding, RMSNorm, Router, Mixture, Block, nn.ModuleList)
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return ours and not hooks
 
@@ -73,8 +75,8 @@ class Kernels(IntEnum):
 
 
 class Joined(NamedTuple):
-    """Weights of a layer that are multiplied at once: qkv [D + 2 H_kv Dh, D], its bias, gate_up [2 F, D] (None of a
-    mixture).
+    """Weights of a layer that are multiplied at once: qkv [(H + 2 H_kv) Dh, D], its bias, gate_up [2 F, D] (None of
+    a mixture).
     """
 
     qkv: Tensor
@@ -97,13 +99,49 @@ def one_behind_the_other(matrices: list[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
+def _uniform(*shape: int) -> nn.Parameter:
+    """As in `Linear`."""
+    parameter = nn.Parameter(torch.empty(shape))
+    if not parameter.is_meta:
+        nn.init.uniform_(parameter, -(shape[-1] ** -0.5), shape[-1] ** -0.5)
+    return parameter
+
+
+class Router(nn.Module):
+    """LLaDA2's, in float32 whatever the model is in: a row's experts are those with the highest sigmoid plus bias,
+    within the groups whose two best add up to most.
+
+    Attributes:
+        weight: [E, D]. expert_bias: [E], by which training evened out how often experts are chosen.
+    """
+
+    def __init__(self, config: LLaDAConfig, routing: Routing) -> None:
+        super().__init__()
+        self.chosen, self.normed, self.routing = config.num_experts_per_tok, config.norm_topk_prob, routing
+        self.weight = _uniform(config.num_experts, config.d_model)
+        self.expert_bias = nn.Parameter(torch.zeros(config.num_experts))
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares, float32 [N, k], and whose they are, [N, k]. rows: [N, D]."""
+        scores = F.linear(rows.float(), self.weight.float()).sigmoid()
+        groups = (scores + self.expert_bias).unflatten(1, (self.routing.groups, -1))
+        kept = groups.topk(2).values.sum(-1).topk(self.routing.kept).indices
+        away = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, kept, False)
+        experts = groups.masked_fill(away[..., None], -torch.inf).flatten(1).topk(self.chosen).indices
+        shares = scores.gather(1, experts)  # the bias only chooses
+        if self.normed:
+            shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        return shares * self.routing.scale, experts
+
+
 class Mixture(nn.Module):
-    """A gated MLP of many experts (LLaDA-MoE, arXiv 2509.24389): each row goes through the k that a router likes most,
-    and their outputs are added up, each times its share of a softmax over all experts.
+    """A gated MLP of many experts: each row goes through the k that a router likes most, and their outputs are added
+    up, each times its share. In LLaDA-MoE (arXiv 2509.24389) that is its share of a softmax over all experts.
 
     Attributes:
         gate: the router [E, D].
         gate_up: [E, 2 F, D], an expert's gate before its up-projection. down: [E, D, F].
+        shared_gate_up, shared_down: the same of an MLP for all rows, without E; None if there is none.
     """
 
     FEW_ROWS = 256  # estimated in benchmarks/NOTES.md, not measured
@@ -111,18 +149,22 @@ class Mixture(nn.Module):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
         experts, d, f = config.num_experts, config.d_model, config.mlp_hidden_size
-        self.chosen = config.num_experts_per_tok
-        self.gate = Linear(d, experts, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * f, d))
-        self.down = nn.Parameter(torch.empty(experts, d, f))
-        for parameter in (self.gate_up, self.down):
-            if not parameter.is_meta:
-                nn.init.uniform_(parameter, -(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5)
+        self.chosen, self.normed, routing = config.num_experts_per_tok, config.norm_topk_prob, config.routing
+        self.gate = Linear(d, experts, bias=False) if routing is None else Router(config, routing)
+        self.routed = routing is not None
+        self.gate_up, self.down = _uniform(experts, 2 * f, d), _uniform(experts, d, f)
+        shared = config.shared_hidden_size
+        self.shared_gate_up = _uniform(2 * shared, d) if shared else None
+        self.shared_down = _uniform(d, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] to the same."""
         rows = x.flatten(0, 1)
-        shares, experts = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.chosen)
+        if self.routed:
+            shares, experts = self.gate(rows)
+        else:
+            shares, experts = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.chosen)
+            shares = shares / shares.sum(-1, keepdim=True) if self.normed else shares
         shares = shares.to(x.dtype)
         if not rows.is_cuda:
             way = self._one_by_one
@@ -130,7 +172,11 @@ class Mixture(nn.Module):
             way = self._grouped
         else:  # a block's rows read nearly every expert anyway
             way = self._all
-        return way(rows, shares, experts).view_as(x)
+        out = way(rows, shares, experts).view_as(x)
+        if self.shared_gate_up is None or self.shared_down is None:
+            return out
+        gate, up = F.linear(x, self.shared_gate_up).chunk(2, dim=-1)
+        return out + F.linear(F.silu(gate) * up, self.shared_down)
 
     def _one_by_one(self, rows: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
         """Each expert over the rows that chose it, which the host must know."""
@@ -169,26 +215,28 @@ class Block(nn.Module):
     and a sum behind.
     """
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: LLaDAConfig, layer: int) -> None:
         super().__init__()
-        d, kv_size, bias = config.d_model, config.n_kv_heads * config.head_dim, config.include_qkv_bias
+        d, bias = config.d_model, config.include_qkv_bias
+        size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.head_dim, self.heads, self.kv_heads = config.head_dim, config.n_heads, config.n_kv_heads
         self.attn_norm = RMSNorm(d, config.rms_norm_eps)
-        self.q_proj = Linear(d, d, bias=bias)
+        self.q_proj = Linear(d, size, bias=bias)
         self.k_proj = Linear(d, kv_size, bias=bias)
         self.v_proj = Linear(d, kv_size, bias=bias)
-        self.attn_out = Linear(d, d, bias=False)
+        self.attn_out = Linear(size, d, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.ff_norm = RMSNorm(d, config.rms_norm_eps)
-        self.qk_norm, self.mixed = config.qk_norm, config.num_experts > 0
+        self.qk_norm, self.mixed = config.qk_norm, config.num_experts > 0 and layer >= config.dense_layers
         if self.mixed:
             self.experts = Mixture(config)
         else:
-            self.ff_proj = Linear(d, config.mlp_hidden_size, bias=False)  # the gate
-            self.up_proj = Linear(d, config.mlp_hidden_size, bias=False)
-            self.ff_out = Linear(config.mlp_hidden_size, d, bias=False)
+            hidden = config.dense_hidden_size if layer < config.dense_layers else config.mlp_hidden_size
+            self.ff_proj = Linear(d, hidden, bias=False)  # the gate
+            self.up_proj = Linear(d, hidden, bias=False)
+            self.ff_out = Linear(hidden, d, bias=False)
 
     def joined(self) -> Joined | None:
         """The matrices as they are used together, where `weights.load_` laid them one behind the other."""
@@ -219,7 +267,7 @@ class Block(nn.Module):
             cache: where keys and values are written and read; None: those of ``x`` alone are attended to.
             joined: weights to multiply in place of the modules'.
         """
-        b, s, d = x.shape
+        b, s, _ = x.shape
         h = self.attn_norm(x)
         if joined is None:
             qkv = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
@@ -238,7 +286,7 @@ class Block(nn.Module):
             h = block_attention(q, k, v, *seen)
         else:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=self.heads != self.kv_heads)
-        x = x + self.attn_out(h.transpose(1, 2).reshape(b, s, d))
+        x = x + self.attn_out(h.transpose(1, 2).flatten(2))
         h = self.ff_norm(x)
         if self.mixed:
             return x + self.experts(h)

@@ -11,15 +11,29 @@ from torch import Tensor, nn
 
 from dllm_engine import generation_config, weights
 from dllm_engine.config import MODEL_TYPES, LLaDAConfig, id_list, read_json
-from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm, plain
+from dllm_engine.layers import Block, Embedding, Joined, Kernels, Linear, RMSNorm, Router, plain
 from dllm_engine.tokenizer import TokenizerFacts, load_tokenizer, read_facts
 
 if TYPE_CHECKING:
     from dllm_engine.kv_cache import LayerCache
 
 
+def _complete(raw: dict[str, Any], directory: Path) -> TokenizerFacts | None:
+    """Give a config the ids that it lacks and the tokenizer knows, of LLaDA-MoE and LLaDA2 alone the mask's; its facts,
+    where it was asked.
+    """
+    missing = [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]
+    if not missing or raw.get("model_type") not in MODEL_TYPES:
+        return None
+    facts = read_facts(directory)
+    known = {"mask_token_id": facts.mask_id, "eos_token_id": list(facts.end_ids) or None}
+    raw |= {key: known[key] for key in missing}
+    return facts
+
+
 class LLaDA(nn.Module):
-    """A masked diffusion language model: LLaDA and its family, or Dream (`LLaDAConfig.shifted`).
+    """A masked diffusion language model: LLaDA and its family, Dream (`LLaDAConfig.shifted`), or a block-causal one:
+    LLaDA2 and SDAR (`LLaDAConfig.block_size`).
 
     Attributes:
         config: sizes and ids from ``config.json``.
@@ -33,7 +47,7 @@ class LLaDA(nn.Module):
         super().__init__()
         self.config = config
         self.wte = Embedding(config.embedding_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
             self.ff_out = Linear(config.d_model, config.embedding_size, bias=False)
@@ -66,12 +80,7 @@ class LLaDA(nn.Module):
         target, target_dtype = weights.device_of(device), weights.dtype_of(dtype)
         directory = weights.find(path)
         raw = read_json(directory / "config.json")
-        facts = None
-        missing = [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]
-        if missing and raw.get("model_type") in MODEL_TYPES:  # of LLaDA-MoE the tokenizer alone knows the mask
-            facts = read_facts(directory)
-            known = {"mask_token_id": facts.mask_id, "eos_token_id": list(facts.end_ids) or None}
-            raw |= {key: known[key] for key in missing}
+        facts = _complete(raw, directory)
         config = LLaDAConfig.from_dict(raw, str(directory / "config.json"))
         model = cls._empty(config)
         model._describe(directory, facts)
@@ -80,7 +89,8 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
-        """Wrap a loaded transformers ``LLaDAModelLM`` or ``DreamModel``; tensors are shared, not copied.
+        """Wrap a loaded transformers ``LLaDAModelLM``, ``DreamModel`` or ``SDARForCausalLM``, whose tensors are shared,
+        not copied.
 
         Only the module's ``config``, the names of its tensors and the JSON files that it was loaded with are read.
         ``vocab_size`` is ``len(tokenizer)``, by default that of a tokenizer among those files; without one every row of
@@ -95,19 +105,23 @@ class LLaDA(nn.Module):
             raise TypeError(f"model: {type(module).__name__} given; a LLaDA or transformers' module of one is needed")
         raw, given = getattr(module, "config", None), type(module).__name__
         if raw is None or not hasattr(raw, "to_dict"):
-            raise ValueError(f"model: {given} has no transformers config; a LLaDAModelLM or DreamModel is needed")
+            raise ValueError(
+                f"model: {given} has no transformers config; a LLaDAModelLM, DreamModel or SDARForCausalLM is needed"
+            )
         settings = raw.to_dict()
         if settings.get("num_experts"):
             raise ValueError(
                 f"model: {given} is a mixture of experts, whose tensors lie one by one and cannot be shared; load its"
                 " directory with LLaDA.from_pretrained"
             )
+        directory = weights.loaded_from(raw)
+        facts = None if directory is None else _complete(settings, directory)
         config = LLaDAConfig.from_dict(settings, f"{given}.config")
         model = cls._empty(config)
         weights.share_(model, config, module)
         model.check_weights()
-        if (directory := weights.loaded_from(raw)) is not None:
-            model._describe(directory)
+        if directory is not None:
+            model._describe(directory, facts)
         if vocab_size is not None:
             if not 0 < vocab_size <= config.embedding_size:
                 raise ValueError(
@@ -202,12 +216,12 @@ class LLaDA(nn.Module):
     # -- computation --------------------------------------------------------------------------------------------
 
     def rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, 1, S, Dh] in float32 for positions [B, S]."""
+        """cos and sin [B, 1, S, R] in float32 for positions [B, S]; R is `LLaDAConfig.rotary_dim`."""
         config = self.config
-        made_for = positions.device, config.head_dim, config.rope_theta, config.max_sequence_length
+        made_for = positions.device, config.rotary_dim, config.rope_theta, config.max_sequence_length
         if self._rope is None or self._rope_for != made_for:
-            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-            inverse = 1.0 / (config.rope_theta ** (exponent / config.head_dim))
+            exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions.device)
+            inverse = 1.0 / (config.rope_theta ** (exponent / config.rotary_dim))
             steps = torch.arange(config.max_sequence_length, dtype=torch.float32, device=positions.device)
             angle = torch.outer(steps, inverse).repeat(1, 2)
             self._rope, self._rope_for = (angle.cos(), angle.sin()), made_for
@@ -221,7 +235,7 @@ class LLaDA(nn.Module):
 
     def check_weights(self) -> None:
         """Weights that no call could multiply raise TypeError (dtypes) or ValueError (devices). An adapter's own may be
-        of other dtypes.
+        of other dtypes, as a `Router`'s are.
         """
         own = [p for module in self.modules() for p in module._parameters.values() if p is not None]
         devices, head = {p.device for p in own}, self.lm_head
@@ -229,7 +243,8 @@ class LLaDA(nn.Module):
             raise ValueError(f"model: weights on {', '.join(sorted(map(str, devices)))}; all on one device are needed")
         if strange := {self.dtype, head.dtype} - {torch.float32, torch.bfloat16, torch.float16}:
             raise TypeError(f"model: weights of {strange.pop()} given; float32, bfloat16 or float16 is needed")
-        dtypes = {p.dtype for p in own if p is not head}
+        others = (module for module in self.modules() if not isinstance(module, Router))
+        dtypes = {p.dtype for module in others for p in module._parameters.values() if p is not None and p is not head}
         if len(dtypes) > 1 and not self.altered():
             raise TypeError(f"model: weights of {', '.join(sorted(map(str, dtypes)))} given; layers need one dtype")
 
@@ -253,7 +268,7 @@ class LLaDA(nn.Module):
         Args:
             tokens: LongTensor [B, S].
             rope: `rope_tables` of their positions, counted from each sequence's first real token.
-            seen: which keys: None, all; [B, 1, 1, K], bool, or 0 and −inf in the model's dtype, K being S without
+            seen: which keys: None, all; [B, 1, 1 or S, K], bool, or 0 and −inf in the model's dtype, K being S without
                 caches, else the length that they show; or the first and the end of the columns seen, both [B], for
                 the kernel of block attention.
             caches: one `LayerCache` a layer, bound to the columns that these rows occupy.
@@ -285,14 +300,13 @@ class LLaDA(nn.Module):
             input_ids: LongTensor [B, L].
             attention_mask: [B, L], 0 on left padding; None if there is none.
         """
-        b, length = input_ids.shape
-        if attention_mask is None:
-            positions = torch.arange(length, device=input_ids.device).expand(b, length)
-            hidden = self.hidden_states(input_ids, self.rope_tables(positions))
-        else:
-            real = attention_mask.bool()
-            positions = (real.long().cumsum(1) - 1).clamp_min(0)
-            hidden = self.hidden_states(input_ids, self.rope_tables(positions), real[:, None, None, :])
+        real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        positions = (real.long().cumsum(1) - 1).clamp_min(0)
+        seen = None if attention_mask is None else real[:, None, None, :]
+        if self.config.block_size:  # rows of padding see the first block
+            blocks = positions // self.config.block_size
+            seen = real[:, None, None, :] & (blocks[:, None, :, None] >= blocks[:, None, None, :])
+        hidden = self.hidden_states(input_ids, self.rope_tables(positions), seen)
         if self.config.shifted:
             hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
         return F.linear(hidden, self.lm_head)

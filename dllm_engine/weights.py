@@ -10,17 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from dllm_engine.config import LLaDAConfig, read_json
+from dllm_engine.layers import Router
 
 _PREFIX = "model.transformer."  # in LLaDA's checkpoints, before the names of our modules
 _EMBEDDING, _HEAD = "wte.weight", "ff_out.weight"
-# what LLaDA-MoE and Dream call our modules: the model's own, and those of a layer
-_OUTER = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers"}
-_INNER = {
-    "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "attn_out": "self_attn.o_proj",
-    "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj", "experts": "mlp",
-}  # fmt: skip
+_Names = dict[str, str]
+# what others call our modules: the model's own, and those of a layer
+_QWEN: tuple[_Names, _Names] = (  # LLaDA-MoE, Dream, SDAR
+    {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers"},
+    {
+        "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",
+        "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
+        "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "attn_out": "self_attn.o_proj",
+        "ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj", "experts": "mlp",
+    },
+)  # fmt: skip
+_LLADA2: tuple[_Names, _Names] = (
+    _QWEN[0] | {"wte": "model.word_embeddings"},
+    _QWEN[1] | {f"{part}_proj": "attention.query_key_value" for part in "qkv"}
+    | {"q_norm": "attention.query_layernorm", "k_norm": "attention.key_layernorm", "attn_out": "attention.dense"},
+)  # fmt: skip
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOGETHER = ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj")  # `Block.joined`
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]  # that are read; never *.bin, never *.py
@@ -47,7 +56,7 @@ def share_(module: nn.Module, config: LLaDAConfig, other: nn.Module) -> None:
     """
     given, places = _tensors_of(other, config), places_of(module, config)
     _match(places, {name: tuple(t.shape) for name, t in given.items()}, type(other).__name__)
-    _assign(module, {places[name].parameter: tensor for name, tensor in given.items()})
+    _assign(module, {place.parameter: tensor for name, tensor in given.items() for place in places[name]})
 
 
 def allocate_(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,7 +72,7 @@ def shares(module: nn.Module, config: LLaDAConfig, other: nn.Module) -> bool:
 
 def _tensors_of(other: nn.Module, config: LLaDAConfig) -> dict[str, Tensor]:
     """A module's tensors by their names in a checkpoint, without an LM head that is the embedding."""
-    roots = ("model.", "lm_head.") if _renames(config) else _PREFIX
+    roots = ("model.", "lm_head.") if _names(config) else _PREFIX
     given = {name: p.detach() for name, p in other.named_parameters() if name.startswith(roots)}
     head, embedding = (given.get(_full_name(name, config)) for name in (_HEAD, _EMBEDDING))
     if config.weight_tying and head is not None and embedding is not None and head.data_ptr() == embedding.data_ptr():
@@ -197,7 +206,7 @@ def _read(
             stored[name], shapes[name] = file, tuple(part.get_shape())
 
     head, embedding = (_full_name(name, config) for name in (_HEAD, _EMBEDDING))
-    tied, tying = config.weight_tying, "tie_word_embeddings" if _renames(config) else "weight_tying"
+    tied, tying = config.weight_tying, "tie_word_embeddings" if _names(config) else "weight_tying"
     if tied and head in stored and embedding in stored:
         one, other = (files[stored[name]].get_tensor(name) for name in (head, embedding))
         if one.shape != other.shape or not torch.equal(one, other):
@@ -212,12 +221,17 @@ def _read(
     for file in tqdm(files, desc="loading shards", disable=len(files) == 1 or None, leave=False):
         for name, where in stored.items():
             if where == file:
-                tensors[places[name].parameter][places[name].at].copy_(files[file].get_tensor(name))
+                parts = files[file].get_tensor(name).split([place.shape[0] for place in places[name]])
+                for place, part in zip(places[name], parts, strict=True):
+                    tensors[place.parameter][place.at].copy_(part)
     return tensors
 
 
 def _allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Where the weights go; those of a layer that are multiplied by the same input lie one behind the other."""
+    """Where the weights go; those of a layer that are multiplied by the same input lie one behind the other. A `Router`
+    is in float32.
+    """
+    routers = tuple(f"{name}." for name, part in module.named_modules() if isinstance(part, Router))
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -226,7 +240,8 @@ def _allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> di
         names = [f"{layer}.{member}.weight" for member in group] if len(group) > 1 else [name]
         if name == names[0]:
             rows = [shapes[member][0] for member in names]
-            whole = torch.empty(sum(rows), *shape[1:], dtype=dtype, device=device)
+            own = torch.float32 if name.startswith(routers) else dtype
+            whole = torch.empty(sum(rows), *shape[1:], dtype=own, device=device)
             tensors |= zip(names, whole.split(rows), strict=True)
     return tensors
 
@@ -235,52 +250,65 @@ def _allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> di
 
 
 class Place(NamedTuple):
-    """Where a tensor of a checkpoint goes: a parameter, or a part of one, and its shape."""
+    """Where a tensor of a checkpoint goes, or some of its rows: a parameter, or a part of one, and its shape."""
 
     parameter: str
     at: tuple[int | slice, ...]
     shape: tuple[int, ...]
 
 
-def _renames(config: LLaDAConfig) -> bool:
-    return config.num_experts > 0 or config.shifted
+def _names(config: LLaDAConfig) -> tuple[_Names, _Names] | None:
+    """What others call our modules; None: LLaDA's are called as ours."""
+    if config.routing is not None:
+        return _LLADA2
+    return _QWEN if config.num_experts or config.shifted or config.qk_norm else None
 
 
 def _full_name(parameter: str, config: LLaDAConfig) -> str:
     """What a checkpoint calls a parameter (or what it is part of)."""
-    if not _renames(config):
+    if (names := _names(config)) is None:
         return _PREFIX + parameter
+    outer, inner = names
     first, *others = parameter.split(".")
-    return ".".join((_OUTER[first], *(_INNER.get(part, part) for part in others)))
+    return ".".join((outer[first], *(inner.get(part, part) for part in others)))
 
 
-def places_of(module: nn.Module, config: LLaDAConfig) -> dict[str, Place]:
-    """Where each tensor of a checkpoint goes, by its name there."""
-    places: dict[str, Place] = {}
+def places_of(module: nn.Module, config: LLaDAConfig) -> dict[str, list[Place]]:
+    """Where each tensor of a checkpoint goes, by its name there: its rows to one place or several."""
+    places: dict[str, list[Place]] = {}
     for name, p in module.named_parameters():
         stored = _full_name(name, config)
         parts: dict[str, tuple[int | slice, ...]] = {stored: ()}
         layer, _, part = stored.rpartition(".")
         if part == "gate_up":
-            half = p.shape[1] // 2
-            halves = {"gate_proj": slice(half), "up_proj": slice(half, None)}
-            parts = {f"{layer}.experts.{e}.{n}.weight": (e, h) for e in range(len(p)) for n, h in halves.items()}
+            parts = {f"{layer}.experts.{e}.{n}": (e, h) for e in range(len(p)) for n, h in _halves(p).items()}
         elif part == "down":
             parts = {f"{layer}.experts.{e}.down_proj.weight": (e,) for e in range(len(p))}
-        places |= {full: Place(name, at, tuple(p[at].shape)) for full, at in parts.items()}
+        elif part == "shared_gate_up":
+            parts = {f"{layer}.shared_experts.{n}": (h,) for n, h in _halves(p).items()}
+        elif part == "shared_down":
+            parts = {f"{layer}.shared_experts.down_proj.weight": ()}
+        for full, at in parts.items():
+            places.setdefault(full, []).append(Place(name, at, tuple(p[at].shape)))
     return places
 
 
-def _match(places: dict[str, Place], shapes: dict[str, tuple[int, ...]], source: str) -> None:
+def _halves(gate_up: Tensor) -> dict[str, slice]:
+    """Which rows are whose. gate_up: [..., 2 F, D]."""
+    half = gate_up.shape[-2] // 2
+    return {"gate_proj.weight": slice(half), "up_proj.weight": slice(half, None)}
+
+
+def _match(places: dict[str, list[Place]], shapes: dict[str, tuple[int, ...]], source: str) -> None:
     missing, unknown = sorted(places.keys() - shapes.keys()), sorted(shapes.keys() - places.keys())
     if missing:
         instead = f"; {unknown[0]}, which it has, is none of this model's" if unknown else ""
         raise ValueError(f"{source}: {len(missing)} tensors missing, the first is {missing[0]}{instead}")
     if unknown:
         raise ValueError(f"{source}: {len(unknown)} tensors that this model has no place for, the first: {unknown[0]}")
-    for name, place in places.items():
-        if shapes[name] != place.shape:
-            given, needed = list(shapes[name]), list(place.shape)
+    for name, parts in places.items():
+        given, needed = list(shapes[name]), [sum(part.shape[0] for part in parts), *parts[0].shape[1:]]
+        if given != needed:
             raise ValueError(f"{source}: {name} has shape {given}, config.json needs {needed}")
 
 

@@ -114,7 +114,8 @@ def smaller(text: str) -> str:
 def stored(model: LLaDA) -> dict[str, torch.Tensor]:
     """Its tensors under the names of a checkpoint."""
     return {
-        name: model.get_parameter(at.parameter)[at.at].clone() for name, at in places_of(model, model.config).items()
+        name: torch.cat([model.get_parameter(place.parameter)[place.at] for place in places])
+        for name, places in places_of(model, model.config).items()
     }
 
 

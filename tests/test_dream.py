@@ -210,7 +210,7 @@ def test_likelihood_averages_every_mask(truth: Any, model: LLaDA) -> None:
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"rope_theta": None}, "key 'rope_theta' is missing"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; true or false is needed"),
-        ({"model_type": "dream"}, "model_type is 'dream'; this engine runs 'llada' and 'Dream' checkpoints"),
+        ({"model_type": "dream"}, "model_type is 'dream'; this engine runs 'llada', 'lladamoe', 'Dream', "),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
     ],
     ids=str,

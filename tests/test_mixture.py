@@ -162,7 +162,7 @@ def test_half_precision_follows_the_checkpoint(truth: Any, tmp_path: Path, dtype
         ({"expert_intermediate_size": None}, "key 'expert_intermediate_size' is missing"),
         ({"hidden_size": "big"}, "hidden_size is 'big'; a whole number is needed"),
         ({"qk_layernorm": "yes"}, "qk_layernorm is 'yes'; true or false is needed"),
-        ({"model_type": "llada2_moe"}, "model_type is 'llada2_moe'"),
+        ({"model_type": "llada2_moe_veomni"}, "model_type is 'llada2_moe_veomni'"),
         ({"mask_token_id": None}, "key 'mask_token_id' is missing"),
     ],
     ids=str,
@@ -200,9 +200,9 @@ def test_without_a_mask_token_anywhere_it_is_refused(checkpoint: Path, tmp_path:
 
 
 def test_another_architecture_is_refused_before_its_tokenizer_is_looked_at(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "sdar"}', encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text("not one", encoding="utf-8")
-    with pytest.raises(ValueError, match="model_type is 'sdar'"):
+    with pytest.raises(ValueError, match="model_type is 'qwen3'"):
         LLaDA.from_pretrained(tmp_path)
 
 
