@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def _complete(raw: dict[str, Any], directory: Path) -> TokenizerFacts | None:
-    """Give a config the ids that it lacks and the tokenizer knows, of LLaDA-MoE and LLaDA2 alone the mask's; its facts,
-    where it was asked.
+    """Give a config the ids that it lacks and the tokenizer knows (of LLaDA-MoE and LLaDA2 it alone knows the mask).
+
+    Returns:
+        The tokenizer's facts, where it was asked.
     """
     missing = [key for key in ("mask_token_id", "eos_token_id") if raw.get(key) is None]
     if not missing or raw.get("model_type") not in MODEL_TYPES:
