@@ -55,12 +55,13 @@ class Scheduler:
             fill_id=model.fill_id,
             end_ids=model.end_ids,
             buffers=buffers,
+            aligned=options.aligned,
         )
         self.state.left.zero_()  # no row has work yet
         self.loop = Loop(model, self.state, options, buffers)
         self.loop.patience = patience
         self.free = list(range(rows))[::-1]
-        self.names, self.seeds, self.ends = [-1] * rows, [0] * rows, [0] * rows
+        self.names, self.seeds = [-1] * rows, [0] * rows
         self.stream = BlockStream(streamer, self.state, self.names) if streamer is not None else None
         self.joined: list[int] = []
 
@@ -83,7 +84,7 @@ class Scheduler:
                 tokens are those of a decode of that length, unless the rule has a `Policy.reach` of its own.
         """
         row, gen_length = self.free.pop(), gen_length or self.options.gen_length
-        self.names[row], self.seeds[row], self.ends[row] = name, seed, self.state.prompt_length + gen_length
+        self.names[row], self.seeds[row] = name, seed
         self.loop.admit(row, prompt, seed, gen_length)
         if self.stream is not None:
             self.stream.restart(row)
@@ -112,14 +113,14 @@ class Scheduler:
         return self.loop.taken[row]
 
     def _describe(self, row: int, column: int) -> str:
-        return f"prompt {self.names[row]} at position {column - self.loop.forward.padding[row]}"
+        return f"prompt {self.names[row]} at position {column - self.state.spans[row].padding}"
 
     def _generated(self, row: int) -> Generated:
-        padding, start = self.loop.forward.padding[row], self.state.prompt_length
-        sequence = own(self.state.tokens[row, padding : self.ends[row]], "cpu")  # host: it is finished
-        ids = sequence[start - padding :].tolist()
+        padding, first, last, _ = self.state.spans[row]
+        sequence = own(self.state.tokens[row, padding:last], "cpu")  # host: it is finished
+        ids = sequence[first - padding :].tolist()
         tokens = next((i for i, token in enumerate(ids) if token in self.model.end_ids), len(ids))
-        return Generated(self.names[row], sequence, start - padding, self.loop.taken[row], tokens, self.seeds[row])
+        return Generated(self.names[row], sequence, first - padding, self.loop.taken[row], tokens, self.seeds[row])
 
 
 def generate(

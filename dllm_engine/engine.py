@@ -176,7 +176,7 @@ class Engine:
         self, prompt: Tensor, padding: Tensor, options: Options, seeds: list[int], streamer: Any = None
     ) -> DecodeOutput:
         """`decode` on checked arguments; in inference mode."""
-        batch, length = len(prompt), prompt.shape[1] + options.gen_length
+        batch, length = len(prompt), prompt.shape[1] + options.columns
         if not self._grows and (batch > self.max_batch or length > self.max_length):
             raise ValueError(
                 f"input_ids: {batch} sequences of {length} columns given;"
@@ -195,6 +195,7 @@ class Engine:
                 fill_id=model.fill_id,
                 end_ids=model.end_ids,
                 buffers=buffers,
+                aligned=options.aligned,
             )
             stream = stream_to(streamer, state, list(range(batch)))
             loop = Loop(model, state, options, buffers)
@@ -204,10 +205,11 @@ class Engine:
                     stream.step(joined, loop.where)
             if stream is not None:
                 stream.end()
-            is_end = torch.isin(state.tokens[:, state.prompt_length :], loop.end_ids)
+            sequences = state.sequences_of(prompt)
+            is_end = torch.isin(sequences[:, prompt.shape[1] :], loop.end_ids)
             with torch.inference_mode(False):
                 return DecodeOutput(
-                    sequences=own(state.tokens),
+                    sequences=own(sequences),
                     forward_passes=loop.passes,
                     sequence_passes=torch.tensor(loop.taken, device=state.tokens.device),
                     generated_tokens=own((is_end.cumsum(1) == 0).sum(1)),
@@ -295,7 +297,7 @@ class Engine:
     def _check_rows(self, options: Options) -> None:
         if options.policy.of_one_batch:
             raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
-        if self.max_length <= options.gen_length:
+        if self.max_length <= options.columns:
             raise ValueError(
                 f"gen_length: {options.gen_length} given; max_length {self.max_length} leaves no room for a prompt"
             )
@@ -318,7 +320,7 @@ class Engine:
             RuntimeError: the engine is closed or busy.
         """
         self._check_rows(options)
-        rows, longest = self.max_batch, min(self.max_length, self.model.config.max_sequence_length) - options.gen_length
+        rows, longest = self.max_batch, min(self.max_length, self.model.config.max_sequence_length) - options.columns
         with self._lent() as buffers:
             yield Scheduler(
                 self.model, options, buffers, rows=rows, longest=longest, streamer=streamer, patience=patience

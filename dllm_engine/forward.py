@@ -21,7 +21,7 @@ class Call(NamedTuple):
         sequences: int64 [B']. everyone: whether these are all, in order.
         columns: those computed, a slice where all have the same, else int64 [B', S].
         prompt: bool, broadcastable to [B', S]: columns that guidance masks; None without it.
-        rope: cos and sin. key_mask: additive [rows, 1, 1, K], or None if all keys are seen.
+        rope: cos and sin. key_mask: additive [rows, 1, S or 1, K], or None if all keys are seen.
         caches: one a layer. block: rows among those computed that predict the block: a slice, or int64 [B', width, 1].
     """
 
@@ -43,8 +43,10 @@ class Call(NamedTuple):
 
 
 def additive(unseen: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool [B, K] as what is added to scores, [B, 1, 1, K]: every layer would make that of a bool mask again."""
-    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None, None, :]
+    """bool [B, S or 1, K] as what is added to scores, with a dimension for heads: every layer would make that of a bool
+    mask again.
+    """
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)[:, None]
 
 
 def guided(both: Sequence[Tensor], scale: float) -> Tensor:
@@ -61,7 +63,8 @@ class Forward:
     A *refresh* computes every row of its sequences (with cache ``"none"`` every call does); a *block call* computes the
     block and, with ``"prefix"``, all that is right of it, against cached keys. Where rows predict the column behind
     theirs (`LLaDAConfig.shifted`), it begins with the column before the block. Columns from a sequence's ``active_end``
-    on, and its padding, are no keys. Guidance doubles the batch: each sequence is followed by itself with all prompt
+    on, and its padding, are no keys. Of a *block-causal* model no row sees farther than its block: keys of the block are
+    final when it is decided, and the call after that computes it once more beside the next. Guidance doubles the batch: each sequence is followed by itself with all prompt
     tokens masked, with a cache row of its own.
     """
 
@@ -70,14 +73,13 @@ class Forward:
     ) -> None:
         """``reach``: rows from a block's start that the rule may commit."""
         self.model, self.state, self.cache, self.cfg_scale, self.reach = model, state, cache, cfg_scale, reach
-        self.shift = int(model.config.shifted)
+        self.shift, self.causal = int(model.config.shifted), model.config.block_size > 0
         self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
         if cache != "none":
             shape = KVCache.shape(model.config, state.batch * self.ways, state.length)
             self.kv = KVCache(buffers.take("KV cache", shape, model.dtype))
         self.joined = model.joined_weights()
-        self.padding: list[int] = state.padding.tolist()  # host: once, before the first call
         self.slots = list(range(state.batch))  # the sequence whose keys are in each slot
         self.key: object = None
         self.call: Call
@@ -101,18 +103,19 @@ class Forward:
         return slots[:count]
 
     def __call__(
-        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int
+        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int, before: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states that predict the first ``width`` columns of each sequence's block.
 
         Args:
-            joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s.
-            refresh: see the class.
+            joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s, or block ends
+                of a block-causal model.
+            refresh: see the class. before: columns left of the blocks that a block call computes too.
 
         Returns:
             int64 [B'], the sequences; [B', width, D], float32 with guidance, else the model's dtype.
         """
-        call = self.planned(joining, starts, ends, refresh=refresh, width=width)
+        call = self.planned(joining, starts, ends, refresh=refresh, width=width, before=before)
         if isinstance(call.columns, slice):
             tokens = self.state.tokens[:, call.columns]
             tokens = tokens if call.everyone else tokens.index_select(0, call.sequences)
@@ -127,25 +130,29 @@ class Forward:
             hidden = guided(hidden.unflatten(0, (-1, 2)).unbind(1), self.cfg_scale)
         return call.sequences, hidden
 
-    def planned(self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int) -> Call:
+    def planned(
+        self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int, before: int = 0
+    ) -> Call:
         """What such a call shares with the one before, if nobody moved on."""
-        key = refresh, width, *zip(joining, starts, ends, (self.padding[b] for b in joining), strict=True)
+        key = refresh, width, before, *zip(joining, starts, ends, (self.state.spans[b] for b in joining), strict=True)
         if key != self.key:
-            self.call, self.key = self._plan(joining, starts, ends, refresh, width), key
+            self.call, self.key = self._plan(joining, starts, ends, refresh, width, before), key
         return self.call
 
-    def _plan(self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int) -> Call:
+    def _plan(
+        self, joining: list[int], starts: list[int], ends: list[int], refresh: bool, width: int, before: int
+    ) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
-        padding = [self.padding[b] for b in joining]
-        starts, rows = [start - self.shift for start in starts], width + self.shift
+        padding, firsts = ([self.state.spans[b][i] for b in joining] for i in (0, 1))
+        starts, rows = [start - self.shift - before for start in starts], width + self.shift + before
         low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
         aligned = first == min(starts) == max(starts)
         whole = refresh or self.kv is None
-        where = torch.tensor([joining, starts, ends, padding], device=device)
-        sequences, start, end, pad = where[0], *where[1:, :, None].unbind(0)
+        where = torch.tensor([joining, starts, ends, padding, firsts], device=device)
+        sequences, start, end, pad, generated = where[0], *where[1:, :, None].unbind(0)
 
         columns: slice | Tensor
-        block: slice | Tensor = slice(0, width)
+        block: slice | Tensor = slice(before, before + width)
         if whole:
             columns, block = slice(low, longest), slice(first - low, first - low + width)
             if not aligned:  # rows past the end are not active, but must exist
@@ -159,14 +166,18 @@ class Forward:
         at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
         positions = (at - pad[: len(at)]).clamp_min(0)
 
-        key_mask = None
+        every, unseen = torch.arange(low, longest, device=device), None
         if low < max(padding) or min(ends) < longest:
-            every = torch.arange(low, longest, device=device)
-            key_mask = additive((every < pad) | (every >= end), self.model.dtype)
+            unseen = ((every < pad) | (every >= end))[:, None]
+        if self.causal and (whole or before):
+            behind = torch.maximum((at // state.block_length + 1) * state.block_length, pad + 1)  # padding sees a key
+            later = every >= behind[..., None]
+            unseen = later if unseen is None else later | unseen
+        key_mask = None if unseen is None else additive(unseen, self.model.dtype)
         prompt = None
         if ways == 2:
-            prompt = at < state.prompt_length
-            key_mask = None if key_mask is None else key_mask.repeat_interleave(2, 0)
+            prompt = at < generated
+            key_mask = key_mask.repeat_interleave(2, 0) if key_mask is not None and len(key_mask) > 1 else key_mask
             positions = positions.repeat_interleave(2, 0) if len(positions) > 1 else positions
 
         caches = None

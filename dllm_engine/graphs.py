@@ -155,6 +155,8 @@ class BlockCalls:
         sequences = self.sequences[:count]
         state.progress[-1] = self.idle  # a step moves it on
         start, end = state.block_start[sequences, None], state.active_end[sequences, None]
+        if self.forward.causal:
+            end = torch.minimum(end, start + state.block_length)
         columns = start + self.offsets
         padding = state.padding[sequences, None]
         rope = model.rope_tables((columns - padding).clamp_min(0))
@@ -169,7 +171,7 @@ class BlockCalls:
         if self.by_kernel:
             seen = padding[:, 0], end[:, 0]
         else:
-            seen = additive((self.every < padding) | (self.every >= end), model.dtype)
+            seen = additive(((self.every < padding) | (self.every >= end))[:, None], model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
         hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)[:, : state.block_length]
         ops.decode_step_(

@@ -153,8 +153,10 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
             f" (gen_length {gen_length} / block_length {block_length}) must divide it"
         )
     limit = model.config.max_sequence_length
-    if longest_prompt + gen_length > limit:
+    whole = -(-longest_prompt // block_length) * block_length if model.config.block_size else longest_prompt
+    if whole + gen_length > limit:
+        blocks_of = f", in whole blocks {whole}," if whole != longest_prompt else ""
         raise ValueError(
-            f"gen_length: a prompt of {longest_prompt} tokens + {gen_length}"
+            f"gen_length: a prompt of {longest_prompt} tokens{blocks_of} + {gen_length}"
             f" exceeds the model's max_sequence_length {limit}"
         )

@@ -63,6 +63,8 @@ def log_likelihood(
     checks.check_counts(samples=samples, batch_size=batch_size)
     checks.check_options(cfg_scale=cfg_scale)
     checks.check_seeds(seed, 1)
+    if model.config.block_size:
+        raise ValueError("model: a block-causal one given; the estimate is of models whose rows see all columns")
     limit = model.config.max_sequence_length
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
         if not target or len(context) + len(target) > limit:
@@ -155,7 +157,7 @@ def _losses(
         prompt = columns < torch.tensor(starts, device=device)[:, None]
         tokens = torch.cat((tokens, tokens.masked_fill(prompt, model.mask_id)))
         padding = padding.repeat(2, 1)
-    seen = additive(padding, model.dtype) if min(map(len, whole)) < length else None
+    seen = additive(padding[:, None], model.dtype) if min(map(len, whole)) < length else None
     hidden: Tensor = model.hidden_states(tokens, model.rope_tables(columns[None]), seen, joined=model.joined_weights())
     if cfg_scale > 0:
         hidden = guided(hidden.chunk(2), cfg_scale)

@@ -95,8 +95,7 @@ class Loop:
     def admit(self, row: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt begins in the row of a finished sequence."""
         self.state.admit(row, prompt, seed, gen_length)
-        self.where[row], self.taken[row] = self.state.start(self.state.prompt_length + gen_length), 0
-        self.forward.padding[row] = self.state.prompt_length - len(prompt)
+        self.where[row], self.taken[row] = self.state.start(row), 0
 
     def release(self, row: int) -> None:
         """The sequence of a row ends here, wherever it is."""
@@ -118,17 +117,21 @@ class Loop:
         self._waited = self._waited + 1 if due and inside else 0
         if self._waited > self.patience:
             unfinished, due, self._waited = inside, [], 0
+        before = 0
+        if due and self.forward.causal:  # keys of all blocks but the last are final: that and the new one are due
+            first_calls = [b for b in due if where[b][4] == 0]
+            due, before = first_calls or due, 0 if first_calls else self.state.block_length
         ahead = self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
         apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
-        joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due))
+        joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due) and not before)
         ahead = [b for b in joining if b in ahead]
         if self.block_calls is not None and not due and not ahead:
             self.block_calls(joining)
         elif self.policy.drafts > 1 and not due and not ahead and any(where[b][2] > 0 for b in joining):
             self._verify(joining)
         else:
-            self._call(joining, ahead, refresh=bool(due))
+            self._call(joining, ahead, refresh=bool(due) and not before, before=before)
 
         self.passes += 1
         for b in joining:
@@ -136,12 +139,12 @@ class Loop:
         self.where = self.state.progress.tolist()  # host: the one read between steps; decides who joins the next call
         return joining
 
-    def _call(self, joining: list[int], ahead: list[int], *, refresh: bool) -> None:
+    def _call(self, joining: list[int], ahead: list[int], *, refresh: bool, before: int) -> None:
         """One model call of any kind and its commit; ends are predicted for ``ahead``."""
         where, state, model, reach = self.where, self.state, self.model, self.reach
         starts, ends, width = self._extent(joining)
         rows = max(ends) - min(starts) if ahead else width
-        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, width=rows)
+        sequences, hidden = self.forward(joining, starts, ends, refresh=refresh, before=before, width=rows)
         hidden, beyond = hidden[:, :width], hidden[:, reach:]
         if self.rule is not None:
             ops.decode_step_(
@@ -187,6 +190,8 @@ class Loop:
     def _extent(self, joining: list[int]) -> tuple[list[int], list[int], int]:
         """Block starts and ends of text of the sequences, and the rows that the longest of their blocks has."""
         starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
+        if self.forward.causal:
+            ends = [min(end, start + self.state.block_length) for start, end in zip(starts, ends, strict=True)]
         return starts, ends, min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
 
     def _until_due(self, b: int) -> int:

@@ -10,8 +10,10 @@ import torch
 from dllm_engine import backends, checks, generation_config, inputs, policies
 from dllm_engine.model import LLaDA
 from dllm_engine.policies import Policy
+from dllm_engine.policies.base import reach_of
 from dllm_engine.policy_text import PolicyText
-from dllm_engine.refresh import Cache
+from dllm_engine.refresh import Cache, EveryBlock
+from dllm_engine.state import DecodeState
 
 # What `decode` does where neither its caller nor the model's generation_config.json says anything.
 DEFAULTS: dict[str, Any] = {
@@ -20,9 +22,14 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def defaults_of(model: LLaDA) -> dict[str, Any]:
+    """`DEFAULTS`, and of a block-causal model its own block length."""
+    return DEFAULTS | ({"block_length": model.config.block_size} if model.config.block_size else {})
+
+
 def default(model: LLaDA, name: str) -> Any:
     """What an argument of `decode` is where its caller leaves it out."""
-    return model.generation_defaults.get(name, DEFAULTS[name])
+    return model.generation_defaults.get(name, defaults_of(model)[name])
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Options:
 
     Attributes:
         steps: of the static schedule; None: a quota of one position a step.
+        aligned: see `DecodeState`.
         extra_banned: ids never chosen, beside the mask and what is no token. excluded_ids: see `ops.row_stats`.
     """
 
@@ -45,6 +53,12 @@ class Options:
     cfg_scale: float = 0.0
     extra_banned: tuple[int, ...] = ()
     excluded_ids: tuple[int, ...] = ()
+    aligned: bool = False
+
+    @property
+    def columns(self) -> int:
+        """That a decode needs beside those of its prompts."""
+        return DecodeState.canvas(0, self.gen_length, self.block_length, aligned=self.aligned)
 
     @classmethod
     def resolve(cls, model: LLaDA, *, longest_prompt: int, **given: Any) -> Options:
@@ -62,7 +76,7 @@ class Options:
         elif "steps" in given and _sets_steps(beside.get("policy")):
             beside["policy"] = PolicyText.parse(beside["policy"]).name
         try:
-            return cls._checked(model, longest_prompt, **DEFAULTS | beside | given)
+            return cls._checked(model, longest_prompt, **defaults_of(model) | beside | given)
         except ValueError as error:
             if not beside:
                 raise
@@ -93,6 +107,8 @@ class Options:
             steps, policy = text.steps(gen_length, steps, block_length=block_length), text.make(model)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
         policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
+        if model.config.block_size:
+            cache = _block_causal(cache, policy, end_of_text, gen_length=gen_length, block_length=block_length)
         if policy.greedy and temperature > 0:
             raise ValueError(f"temperature: {temperature} given; {type(policy).__name__} decides without one, at 0")
         if policy.drafts > 1 and cfg_scale > 0:
@@ -107,11 +123,26 @@ class Options:
             backend=resolve_backend(backend, model, cfg_scale),
             temperature=temperature,
             cfg_scale=cfg_scale,
+            aligned=model.config.block_size > 0,
         )
 
     def told(self, seeds: list[int]) -> dict[str, Any]:
         """`DecodeOutput.settings`."""
         return {name: getattr(self, name) for name in DEFAULTS} | {"cache": str(self.cache), "seed": seeds}
+
+
+def _block_causal(cache: Cache, policy: Policy, end_of_text: str, *, gen_length: int, block_length: int) -> Cache:
+    """The cache of a block-causal model, whose rows never see what is right of their block: keys of decided blocks are
+    exact, ``prefix`` and ``dual`` the same. What needs those columns raises ValueError.
+    """
+    name = type(policy).__name__
+    if cache.refresh != EveryBlock():
+        raise ValueError(f"cache: '{cache}' given; a block-causal model's cache is never refreshed: 'dual' is exact")
+    if end_of_text == "predicted":
+        raise ValueError("end_of_text: 'predicted' given; a block-causal model has no predictions right of a block")
+    if reach_of(policy, block_length, gen_length) > block_length or type(policy).block_lengths != Policy.block_lengths:
+        raise ValueError(f"policy: {name} given; a block-causal model computes its blocks as they are, no other columns")
+    return Cache("dual") if cache.name == "prefix" else cache
 
 
 def _sets_steps(policy: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,10 +53,29 @@ class BlockState:
         return (self.text_length - self.left).float() / self.text_length.float()
 
 
+class Span(NamedTuple):
+    """Where a sequence lies on the canvas, for the host.
+
+    Attributes:
+        padding: columns before its prompt. first, last: its generation is columns ``first`` to ``last``.
+        end: of its last block; columns from ``last`` on are decoded and left out.
+    """
+
+    padding: int
+    first: int
+    last: int
+    end: int
+
+
 class DecodeState:
     """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.
 
+    Blocks begin at column P, where all prompts end. Where they are ``aligned`` (block-causal models), each sequence has
+    them from its first token on: P is a multiple of the block length, the tokens of a prompt behind its last whole block
+    are decided columns of the first block, and L has room for a block more.
+
     Attributes:
+        spans: `Span` of every sequence.
         tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L]. predicted: int64 [B, L], the
             last prediction of each column that was undecided in a call, −1 before.
         padding: int64 [B], left-padding columns. seeds: int64 [B]. end_ids: int64 [E].
@@ -88,11 +108,16 @@ class DecodeState:
         fill_id: int,
         end_ids: Sequence[int] = (),
         buffers: Buffers | None = None,
+        aligned: bool = False,
     ) -> None:
-        """``prompt`` int64 [B, P] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
-        batch, self.prompt_length = prompt.shape
-        self.batch, self.length = batch, self.prompt_length + gen_length
+        """``prompt`` int64 [B, width] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
+        batch, width = prompt.shape
         self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
+        self.block_of = block_length if aligned else 1  # prompts take a multiple of it before their first block
+        lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
+        self.prompt_length = max(length - length % self.block_of for length in lengths)
+        self.batch, self.length = batch, self.canvas(self.prompt_length, gen_length, block_length, aligned=aligned)
+        self.spans = [self._span(length, gen_length) for length in lengths]
         device = prompt.device
         buffers = buffers or Buffers(device)
         rows = self.rows(buffers, batch, self.length)
@@ -105,9 +130,8 @@ class DecodeState:
         self.quota = quota
         self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
-        self.padding.copy_(padding)
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
-        self._begin(slice(None), prompt, self.length)
+        self._begin(slice(None), prompt)
         self.with_idle.tokens[batch] = fill_id
         self.with_idle.undecided[batch] = False
         self.with_idle.progress[batch] = torch.tensor(self.idle, device=device)
@@ -130,38 +154,58 @@ class DecodeState:
             buffers.take("padding", (batch + 1,), torch.int64),
         )
 
+    @staticmethod
+    def canvas(prompt_length: int, gen_length: int, block_length: int, *, aligned: bool) -> int:
+        """Columns that prompts of up to ``prompt_length`` need."""
+        return prompt_length + gen_length + (block_length if aligned else 0)
+
     @property
     def idle(self) -> list[int]:
         """The idle row of ``progress``: a sequence that ends where it begins."""
         return [self.prompt_length, self.prompt_length, 0, self.length, 0, 0]
 
-    def start(self, end: int) -> list[int]:
-        """The row of ``progress`` of a sequence with generated columns up to ``end``, before its first call."""
-        return [self.prompt_length, end, 0, self.length, 0, end - self.prompt_length]
+    def _span(self, prompt_length: int, gen_length: int) -> Span:
+        rest = prompt_length % self.block_of
+        first = self.prompt_length + rest
+        # both are multiples of the block length but for the rest
+        return Span(first - prompt_length, first, first + gen_length, first + gen_length + -rest % self.block_of)
+
+    def start(self, sequence: int) -> list[int]:
+        """The row of ``progress`` of a sequence before its first call."""
+        _, first, _, end = self.spans[sequence]
+        return [self.prompt_length, end, 0, self.length, 0, end - first]
 
     def admit(self, sequence: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt takes a finished sequence's place; columns behind ``gen_length`` are not its own."""
-        padding, end = self.prompt_length - len(prompt), self.prompt_length + gen_length
-        ids = torch.tensor([self.fill_id] * padding + list(prompt), device=self.tokens.device)
-        self.padding[sequence], self.seeds[sequence] = padding, seed
-        self._begin(slice(sequence, sequence + 1), ids[None], end)
-        self.tokens[sequence, end:] = self.fill_id
-        self.undecided[sequence, end:] = False
+        self.spans[sequence] = self._span(len(prompt), gen_length)
+        self.seeds[sequence] = seed
+        self._begin(slice(sequence, sequence + 1), torch.tensor([list(prompt)], device=self.tokens.device))
 
     def release(self, sequence: int) -> None:
         """The sequence takes part in no further call."""
         self.undecided[sequence] = False
         self.progress[sequence] = torch.tensor(self.idle, device=self.progress.device)
 
-    def _begin(self, sequences: slice, prompt: Tensor, end: int) -> None:
-        for tensor, of_prompt, of_canvas in (
-            (self.tokens, prompt, self.mask_id),
-            (self.undecided, False, True),
-            (self.predicted, -1, -1),
-        ):
-            tensor[sequences, : self.prompt_length] = of_prompt
-            tensor[sequences, self.prompt_length :] = of_canvas
-        self.progress[sequences] = torch.tensor(self.start(end), device=prompt.device)
+    def _begin(self, sequences: slice, prompt: Tensor) -> None:
+        """Prompts, which end at the last of their columns, and the canvas behind them."""
+        device, which = prompt.device, range(self.batch)[sequences]
+        spans = torch.tensor([self.spans[b] for b in which], device=device)
+        padding, first, _, end = spans[..., None].unbind(1)
+        columns = torch.arange(self.length, device=device)
+        at = columns - first + prompt.shape[1]
+        given = prompt.gather(1, at.clamp(0, prompt.shape[1] - 1)).where((at >= 0) & (columns < first), self.fill_id)
+        open_ = (columns >= first) & (columns < end)
+        self.tokens[sequences] = given.masked_fill(open_, self.mask_id)
+        self.undecided[sequences], self.predicted[sequences] = open_, -1
+        self.padding[sequences] = padding[:, 0]
+        self.progress[sequences] = torch.tensor([self.start(b) for b in which], device=device)
+
+    def sequences_of(self, prompt: Tensor) -> Tensor:
+        """int64 [B, width + gen_length], the prompts as they were given and what stands behind them."""
+        if self.block_of == 1:
+            return self.tokens
+        rows = [self.tokens[b, first:last] for b, (_, first, last, _) in enumerate(self.spans)]
+        return torch.cat((prompt, torch.stack(rows)), dim=1)
 
     @classmethod
     def of(

@@ -38,10 +38,10 @@ def stream_to(streamer: Any, state: DecodeState, names: list[int]) -> Stream | N
     return SequenceStream(streamer, state)
 
 
-def _settled(row: list[int]) -> int:
-    """The column up to which a sequence is final: its block's start, or the end of the text."""
+def _settled(row: list[int], last: int) -> int:
+    """The column up to which a sequence is final: its block's start, or the end of the text; at most ``last``."""
     start, end, *_, left = row
-    return min(start, end) if left else end
+    return min(start if left else end, end, last)
 
 
 class BlockStream:
@@ -52,15 +52,15 @@ class BlockStream:
 
     def __init__(self, streamer: Callable[[int, Tensor], Any], state: DecodeState, names: list[int]) -> None:
         self.streamer, self.state, self.names = streamer, state, names
-        self.told = [state.prompt_length] * state.batch
+        self.told = [span.first for span in state.spans]
 
     def restart(self, b: int) -> None:
         """A new prompt took the place of a sequence."""
-        self.told[b] = self.state.prompt_length
+        self.told[b] = self.state.spans[b].first
 
     def step(self, joined: list[int], where: list[list[int]]) -> None:
         for b in joined:
-            told, settled = self.told[b], _settled(where[b])
+            told, settled = self.told[b], _settled(where[b], self.state.spans[b].last)
             if settled > told:
                 self.streamer(self.names[b], own(self.state.tokens[b, told:settled], "cpu"))
                 self.told[b] = settled
@@ -73,11 +73,12 @@ class SequenceStream:
     """Calls ``put(prompt)``, then a ``put_draft`` a step and a ``put`` a finished block, then ``end``."""
 
     def __init__(self, streamer: Any, state: DecodeState) -> None:
-        self.streamer, self.state, self.told = streamer, state, state.prompt_length
+        self.streamer, self.state, self.told = streamer, state, state.spans[0].first
         streamer.put(own(state.tokens[:, : self.told], "cpu"))
 
     def step(self, joined: list[int], where: list[list[int]]) -> None:
-        settled, end = _settled(where[0]), where[0][1]
+        last = self.state.spans[0].last
+        settled, end = _settled(where[0], last), min(where[0][1], last)
         if settled > self.told:
             self.streamer.put(own(self.state.tokens[0, self.told : settled], "cpu"))
             self.told = settled

@@ -79,9 +79,9 @@ def test_refreshes_are_counted(model: LLaDA, monkeypatch: pytest.MonkeyPatch) ->
     calls: list[tuple[bool, int]] = []
     forward = Forward.__call__
 
-    def counted(self: Forward, joining: list[int], *arguments: Any, refresh: bool, width: int) -> Any:
+    def counted(self: Forward, joining: list[int], *arguments: Any, refresh: bool, **others: Any) -> Any:
         calls.append((refresh, len(joining)))
-        return forward(self, joining, *arguments, refresh=refresh, width=width)
+        return forward(self, joining, *arguments, refresh=refresh, **others)
 
     monkeypatch.setattr(Forward, "__call__", counted)
     for cache, refreshes in (("dual", 4), ("dual/16", 2), ("dual/5", 7), ("dual/never", 1), ("none", 0)):
