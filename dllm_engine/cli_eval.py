@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--end-of-text", nargs="+", default=["auto"], metavar="NAME", help="auto, off, committed or predicted (auto)"
     )
-    settings.add_argument("--block-length", type=int, default=32, metavar="N", help="tokens of a block (%(default)s)")
+    settings.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({cli_options.BLOCK_LENGTH})")
     settings.add_argument(
         "--gen-length",
         type=int,
@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     filters = _check(args)
     read = _read(args)
     model = cli_options.load(args)
+    cli_options.settle_block_length(args, model)
     samples = read or _fresh(args, model)
     longest, least = longest_answer(model, samples), canvas_for(model, samples, args.block_length)
     gen_length = least if args.gen_length is None else args.gen_length

@@ -77,10 +77,11 @@ class Engine:
         self._buffers: Buffers | None = Buffers(loaded.device)
         self._lock = threading.RLock()  # re-entrant: a streamer that calls its own engine gets an error, not a deadlock
         self._busy = self._grows = False
+        columns = max_length + loaded.config.block_size  # whole blocks: see `DecodeState`
         with torch.inference_mode():
             if self.cache.name != "none":
-                self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, max_length), loaded.dtype)
-            DecodeState.rows(self._buffers, max_batch, max_length)
+                self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, columns), loaded.dtype)
+            DecodeState.rows(self._buffers, max_batch, columns)
 
     @classmethod
     def kept(cls, model: LLaDA | nn.Module) -> Engine:
@@ -176,7 +177,7 @@ class Engine:
         self, prompt: Tensor, padding: Tensor, options: Options, seeds: list[int], streamer: Any = None
     ) -> DecodeOutput:
         """`decode` on checked arguments; in inference mode."""
-        batch, length = len(prompt), prompt.shape[1] + options.columns
+        batch, length = len(prompt), prompt.shape[1] + options.gen_length
         if not self._grows and (batch > self.max_batch or length > self.max_length):
             raise ValueError(
                 f"input_ids: {batch} sequences of {length} columns given;"
@@ -297,7 +298,7 @@ class Engine:
     def _check_rows(self, options: Options) -> None:
         if options.policy.of_one_batch:
             raise ValueError(f"policy: {type(options.policy).__name__} belongs to one batch; give it to decode()")
-        if self.max_length <= options.columns:
+        if self.max_length <= options.gen_length:
             raise ValueError(
                 f"gen_length: {options.gen_length} given; max_length {self.max_length} leaves no room for a prompt"
             )
@@ -320,7 +321,10 @@ class Engine:
             RuntimeError: the engine is closed or busy.
         """
         self._check_rows(options)
-        rows, longest = self.max_batch, min(self.max_length, self.model.config.max_sequence_length) - options.columns
+        limit = self.model.config.max_sequence_length
+        if options.aligned:  # the last block is decoded whole
+            limit -= limit % options.block_length
+        rows, longest = self.max_batch, min(self.max_length, limit) - options.gen_length
         with self._lent() as buffers:
             yield Scheduler(
                 self.model, options, buffers, rows=rows, longest=longest, streamer=streamer, patience=patience

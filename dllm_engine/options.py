@@ -13,7 +13,6 @@ from dllm_engine.policies import Policy
 from dllm_engine.policies.base import reach_of
 from dllm_engine.policy_text import PolicyText
 from dllm_engine.refresh import Cache, EveryBlock
-from dllm_engine.state import DecodeState
 
 # What `decode` does where neither its caller nor the model's generation_config.json says anything.
 DEFAULTS: dict[str, Any] = {
@@ -54,11 +53,6 @@ class Options:
     extra_banned: tuple[int, ...] = ()
     excluded_ids: tuple[int, ...] = ()
     aligned: bool = False
-
-    @property
-    def columns(self) -> int:
-        """That a decode needs beside those of its prompts."""
-        return DecodeState.canvas(0, self.gen_length, self.block_length, aligned=self.aligned)
 
     @classmethod
     def resolve(cls, model: LLaDA, *, longest_prompt: int, **given: Any) -> Options:

@@ -116,7 +116,7 @@ class DecodeState:
         self.block_of = block_length if aligned else 1  # prompts take a multiple of it before their first block
         lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
         self.prompt_length = max(length - length % self.block_of for length in lengths)
-        self.batch, self.length = batch, self.canvas(self.prompt_length, gen_length, block_length, aligned=aligned)
+        self.batch, self.length = batch, self.prompt_length + gen_length + (block_length if aligned else 0)
         self.spans = [self._span(length, gen_length) for length in lengths]
         device = prompt.device
         buffers = buffers or Buffers(device)
@@ -153,11 +153,6 @@ class DecodeState:
             buffers.take("seeds", (batch + 1,), torch.int64),
             buffers.take("padding", (batch + 1,), torch.int64),
         )
-
-    @staticmethod
-    def canvas(prompt_length: int, gen_length: int, block_length: int, *, aligned: bool) -> int:
-        """Columns that prompts of up to ``prompt_length`` need."""
-        return prompt_length + gen_length + (block_length if aligned else 0)
 
     @property
     def idle(self) -> list[int]:

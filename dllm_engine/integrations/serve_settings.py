@@ -143,6 +143,8 @@ class Planner:
         gen_length = -(-limit // block) * block
         try:
             options, seeds = self._options(request, gen_length), checks.check_seeds(request.seed, len(prompts))
+            longest = max(map(len, prompts))  # in whole blocks, if the model is block-causal
+            inputs.check_lengths(self.model, longest, gen_length=options.gen_length, block_length=block, steps=None)
         except (ValueError, TypeError) as error:
             if request.policy is None and request.block_length is not None and str(error).startswith("policy:"):
                 message = f"block_length: {block} given, which does not fit this server's {error}"
