@@ -194,7 +194,7 @@ def commit_(
         block: the sequences and rows of this call, [B', S]. stats: [B', S]. score: float32 [B', S].
         selected: bool [B', S]. tokens: int64 [B', S], what is written where; −1 is nothing and fails.
         end_ids: int64 [E], or None for end of text "off".
-        edited: bool [B', S], positions that are written too; of them only decided ones before the end of the text.
+        edited: bool [B', S], positions that are written too; of them only decided ones of the text.
         stays: bool [B'], sequences that stay in their block though it is decided; ``left`` counts one for them.
         lengths: int64 [B'], of their blocks, 1 to S, behind which nothing is committed; by default the block length of
             the decode, and then all that the rule sees may be.
@@ -213,7 +213,7 @@ def commit_(
     rank = ranking(score, ranked).argsort(dim=1)
     chosen = open_ & (selected | (ranked & (rank < block.quota[:, None])))
     chosen &= ~(waits & _behind(open_ & ~chosen)) & ~failed
-    written = chosen if edited is None else chosen | (edited & block.active & ~undecided)
+    written = chosen if edited is None else chosen | (edited & block.active & block.generated & ~undecided)
     wrong = written & (tokens < 0)
     failed, chosen, written = failed | wrong, chosen & ~wrong, written & ~wrong
     if only is not None:

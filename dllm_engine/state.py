@@ -20,6 +20,7 @@ class BlockState:
     Attributes:
         sequences: int64 [B'], batch indices. columns: int64 [B', S], canvas-absolute.
         undecided: bool [B', S], may be committed. active: bool [B', S], False from ``active_end`` on.
+        generated: bool [B', S], False where a prompt's token stands: the first block of a block-causal model may hold some.
         predicted: int64 [B', S], what the last step that saw it predicted there; −1 before the first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
@@ -33,6 +34,7 @@ class BlockState:
     columns: Tensor
     undecided: Tensor
     active: Tensor
+    generated: Tensor
     predicted: Tensor
     quota: Tensor
     noise_keys: Tensor
@@ -44,7 +46,7 @@ class BlockState:
 
     @property
     def positions(self) -> Tensor:
-        """int64 [B', S], counted from the start of the generation."""
+        """int64 [B', S], counted from the start of the first block."""
         return self.noise_keys[..., 1]
 
     @property
@@ -78,7 +80,8 @@ class DecodeState:
         spans: `Span` of every sequence.
         tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L]. predicted: int64 [B, L], the
             last prediction of each column that was undecided in a call, −1 before.
-        padding: int64 [B], left-padding columns. seeds: int64 [B]. end_ids: int64 [E].
+        padding: int64 [B], left-padding columns. first: int64 [B], the first generated columns. seeds: int64 [B].
+        end_ids: int64 [E].
         quota: int64 [block_length], per step of a block.
         progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
             block_start; active_end, first column after the end of the text; step_in_block, 0 exactly when a block
@@ -93,6 +96,7 @@ class DecodeState:
     left = property(lambda self: self.progress[:, 5])
 
     padding: Tensor
+    first: Tensor
     with_idle: DecodeState  # the same rows and the idle one
 
     def __init__(
@@ -127,7 +131,7 @@ class DecodeState:
             rows[0], rows[1], rows[2], rows[3], rows[4], quota, prompt_length=self.prompt_length, fill_id=fill_id
         )
         self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.padding = (t[:batch] for t in rows)
-        self.quota = quota
+        self.quota, self.first = quota, torch.empty(batch, dtype=torch.int64, device=device)
         self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
@@ -192,7 +196,7 @@ class DecodeState:
         open_ = (columns >= first) & (columns < end)
         self.tokens[sequences] = given.masked_fill(open_, self.mask_id)
         self.undecided[sequences], self.predicted[sequences] = open_, -1
-        self.padding[sequences] = padding[:, 0]
+        self.padding[sequences], self.first[sequences] = padding[:, 0], first[:, 0]
         self.progress[sequences] = torch.tensor([self.start(b) for b in which], device=device)
 
     def sequences_of(self, prompt: Tensor) -> Tensor:
@@ -222,6 +226,7 @@ class DecodeState:
         (state.batch, state.length), state.block_length = tokens.shape, len(quota)
         state.prompt_length, state.fill_id = prompt_length, fill_id
         state.end_ids = tokens.new_empty(0)
+        state.first = torch.full_like(tokens[:, 0], prompt_length)
         return state
 
     def block(self, sequences: Tensor, width: int) -> BlockState:
@@ -238,13 +243,14 @@ class DecodeState:
             columns=columns,
             undecided=self.undecided[rows, columns] & inside,
             active=(columns < self.active_end[rows]) & inside,
+            generated=columns >= self.first[rows],
             predicted=self.predicted[rows, columns],
             quota=self.quota[step_in_block.clamp_max(len(self.quota) - 1)],
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),
             tokens=self.tokens[rows, columns],
             step_in_block=step_in_block,
             left=self.left[sequences],
-            text_length=self.active_end[sequences] - self.prompt_length,
+            text_length=self.active_end[sequences] - self.first[sequences],
             end_ids=self.end_ids,
         )
 

@@ -89,12 +89,15 @@ def ending_model(seed: int = 5, **changes: Any) -> LLaDA:
     return model
 
 
-def tiny_model(seed: int = 0, scale: float = 1.0, *, shifted: bool = False, **changes: Any) -> LLaDA:
+def tiny_model(
+    seed: int = 0, scale: float = 1.0, *, shifted: bool = False, block_size: int = 0, **changes: Any
+) -> LLaDA:
     """A random model in memory whose predictions are peaked enough that rounding decides nothing.
 
-    ``shifted``: rows predict the column behind theirs, as Dream's do.
+    ``shifted``: rows predict the column behind theirs, as Dream's do. ``block_size``: of block-causal attention.
     """
-    model = LLaDA(replace(LLaDAConfig.from_dict(tiny_config(**changes)), shifted=shifted))
+    config = replace(LLaDAConfig.from_dict(tiny_config(**changes)), shifted=shifted, block_size=block_size)
+    model = LLaDA(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         with torch.no_grad():

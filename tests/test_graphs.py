@@ -32,6 +32,11 @@ def model(request: pytest.FixtureRequest) -> LLaDA:
     return ending_model(n_kv_heads=2, shifted=request.param)
 
 
+@pytest.fixture
+def block_causal() -> LLaDA:
+    return ending_model(n_kv_heads=2, block_size=8)
+
+
 class Fake:
     """What a CUDA graph is to its user: a later replay runs the call with the tensors of the capture."""
 
@@ -96,6 +101,14 @@ def test_tokens_and_passes_are_the_same(
         assert out.forward_passes == want.forward_passes
         assert fixed
         assert set(fixed) <= {1, 2, 4, 5}, "sizes are powers of two, or all"
+
+
+@pytest.mark.parametrize("extra", [{}, {"temperature": 0.7}, {"end_of_text": "off"}], ids=str)
+@pytest.mark.parametrize("policy", RULES)
+def test_those_of_a_block_causal_model_are_the_same(
+    block_causal: LLaDA, fixed: list[int], monkeypatch: pytest.MonkeyPatch, policy: str, extra: dict[str, Any]
+) -> None:
+    test_tokens_and_passes_are_the_same(block_causal, fixed, monkeypatch, policy, extra)
 
 
 def test_rows_that_fill_up_a_call_write_into_no_other_slot(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,20 @@ def test_a_request_is_not_blamed_for_the_servers_policy(demo_model: LLaDA) -> No
         planner.jobs(request, [[4]], lambda event: None)
     assert (error.value.status, error.value.param) == (400, "block_length")
     assert str(error.value).startswith("block_length: 6 given, which does not fit this server's policy: topk=4 given;")
+
+
+def test_prompts_of_a_block_causal_model_are_counted_in_whole_blocks() -> None:
+    model = LLaDA.from_pretrained(DEMO_MODEL, device="cpu", dtype="float32")
+    model.config = replace(model.config, block_size=16, max_sequence_length=256)
+    settings = Settings("demo").fitted(model)
+    assert (settings.block_length, settings.max_length, settings.max_tokens) == (16, 256, 128)
+    planner = Planner(model, settings)
+    assert planner.jobs(CompletionRequest(model="demo", prompt=""), [[4] * 128], lambda event: None)
+    # 120 tokens of an answer and 136 are not 256 in blocks of 24
+    request = CompletionRequest(model="demo", prompt="", block_length=24)
+    assert planner.jobs(request, [[4] * 120], lambda event: None)
+    with pytest.raises(ApiError, match="a prompt of 128 tokens, in whole blocks 144, \\+ 120 exceeds"):
+        planner.jobs(request, [[4] * 120, [4] * 128], lambda event: None)
 
 
 def test_what_a_generation_config_says_in_vain_is_told(demo_model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
