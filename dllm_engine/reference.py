@@ -213,7 +213,7 @@ def commit_(
     rank = ranking(score, ranked).argsort(dim=1)
     chosen = open_ & (selected | (ranked & (rank < block.quota[:, None])))
     chosen &= ~(waits & _behind(open_ & ~chosen)) & ~failed
-    written = chosen if edited is None else chosen | (edited & block.active & block.generated & ~undecided)
+    written = chosen if edited is None else chosen | (edited & block.active & (block.positions >= 0) & ~undecided)
     wrong = written & (tokens < 0)
     failed, chosen, written = failed | wrong, chosen & ~wrong, written & ~wrong
     if only is not None:

@@ -20,7 +20,8 @@ class BlockState:
     Attributes:
         sequences: int64 [B'], batch indices. columns: int64 [B', S], canvas-absolute.
         undecided: bool [B', S], may be committed. active: bool [B', S], False from ``active_end`` on.
-        generated: bool [B', S], False where a prompt's token stands: the first block of a block-causal model may hold some.
+        positions: int64 [B', S], counted from the start of the generation; below 0 where a prompt's token stands, as it may
+            in the first block of a block-causal model.
         predicted: int64 [B', S], what the last step that saw it predicted there; −1 before the first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
@@ -34,7 +35,7 @@ class BlockState:
     columns: Tensor
     undecided: Tensor
     active: Tensor
-    generated: Tensor
+    positions: Tensor
     predicted: Tensor
     quota: Tensor
     noise_keys: Tensor
@@ -43,11 +44,6 @@ class BlockState:
     left: Tensor
     text_length: Tensor
     end_ids: Tensor
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 [B', S], counted from the start of the first block."""
-        return self.noise_keys[..., 1]
 
     @property
     def progress(self) -> Tensor:
@@ -120,7 +116,8 @@ class DecodeState:
         self.block_of = block_length if aligned else 1  # prompts take a multiple of it before their first block
         lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
         self.prompt_length = max(length - length % self.block_of for length in lengths)
-        self.batch, self.length = batch, self.prompt_length + gen_length + (block_length if aligned else 0)
+        self.batch, self.gen_length = batch, gen_length
+        self.length = self.prompt_length + gen_length + (block_length if aligned else 0)
         self.spans = [self._span(length, gen_length) for length in lengths]
         device = prompt.device
         buffers = buffers or Buffers(device)
@@ -225,6 +222,7 @@ class DecodeState:
         state.progress, state.seeds, state.quota = progress, seeds, quota
         (state.batch, state.length), state.block_length = tokens.shape, len(quota)
         state.prompt_length, state.fill_id = prompt_length, fill_id
+        state.gen_length = state.length - prompt_length
         state.end_ids = tokens.new_empty(0)
         state.first = torch.full_like(tokens[:, 0], prompt_length)
         return state
@@ -243,7 +241,7 @@ class DecodeState:
             columns=columns,
             undecided=self.undecided[rows, columns] & inside,
             active=(columns < self.active_end[rows]) & inside,
-            generated=columns >= self.first[rows],
+            positions=columns - self.first[rows],
             predicted=self.predicted[rows, columns],
             quota=self.quota[step_in_block.clamp_max(len(self.quota) - 1)],
             noise_keys=torch.stack(torch.broadcast_tensors(*keys), dim=-1),

@@ -37,7 +37,7 @@ def begun(policy: Any, block: BlockState) -> Any:
     """The policy at the beginning of a decode that the block is of."""
     state = SimpleNamespace(
         tokens=torch.zeros(1, 27, dtype=torch.int64), step=torch.zeros(1, dtype=torch.int64), prompt_length=3,
-        length=27, block_length=block.columns.shape[1],
+        length=27, gen_length=24, block_length=block.columns.shape[1],
     )  # fmt: skip
     policy.check(tiny_model(), block_length=8, cache="dual")
     policy.begin(state)

@@ -72,7 +72,7 @@ class AdaBlock(Policy):
         self._lengths = torch.full_like(state.step, state.block_length)
         self._delimiters = torch.tensor(self._ids, device=state.tokens.device)
         self._block_length = state.block_length
-        self._window = int(self.window * (state.length - state.prompt_length))
+        self._window = int(self.window * state.gen_length)
 
     def block_lengths(self, stats: RowStats, state: BlockState) -> Tensor:
         offset = torch.arange(state.columns.shape[1], device=state.columns.device)

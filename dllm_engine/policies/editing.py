@@ -45,7 +45,7 @@ class TokenEditing(Policy):
         where = state.sequences[:, None], state.columns
         new = state.step_in_block == 0
         before = self._before[where].masked_fill(new[:, None], -1)
-        text = state.active & state.generated
+        text = state.active & (state.positions >= 0)
         changed = ~state.undecided & text & (stats.token != state.tokens) & (stats.log_odds >= self._edit)
         changed &= (stats.token != before) & (stats.token >= 0)
         self._before[where] = torch.where(changed, state.tokens, before)

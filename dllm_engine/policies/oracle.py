@@ -31,13 +31,14 @@ class Oracle(Policy):
         self._answer = answer
 
     def begin(self, state: DecodeState) -> None:
-        needed = [state.batch, state.length - state.prompt_length]
+        needed = [state.batch, state.gen_length]
         if list(self._answer.shape) != needed:
             raise ValueError(f"answer: shape {list(self._answer.shape)} given; this decode needs {needed}")
         self._answer = self._answer.to(state.tokens.device)
 
     def tokens(self, stats: RowStats, state: BlockState) -> Tensor:
-        return self._answer[state.sequences[:, None], state.positions]
+        known = self._answer[state.sequences[:, None], state.positions.clamp(0, self._answer.shape[1] - 1)]
+        return torch.where(state.positions < self._answer.shape[1], known, stats.token)
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         return stats.token == self.tokens(stats, state)

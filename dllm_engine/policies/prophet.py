@@ -37,9 +37,8 @@ class Prophet(Policy):
             self.region = first, whole("region", region[1], first + 1)
 
     def begin(self, state: DecodeState) -> None:
-        gen_length = state.length - state.prompt_length
-        if self.region is not None and self.region[1] > gen_length:
-            raise ValueError(f"region: {self.region} given; offsets 0 to gen_length {gen_length} allowed")
+        if self.region is not None and self.region[1] > state.gen_length:
+            raise ValueError(f"region: {self.region} given; offsets 0 to gen_length {state.gen_length} allowed")
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
         counted = state.undecided
