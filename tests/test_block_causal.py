@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import pytest
 import torch
 from block_causal import RAW_LLADA2, RAW_SDAR, Written, tensors_of, write
 from conftest import ending_model, tiny_model
+from test_policies import make_stats
+from torch import Tensor
 
 from dllm_engine import Engine, LLaDA, decode
 from dllm_engine.likelihood import log_likelihood
 from dllm_engine.options import Options
-from dllm_engine.policies import AdaBlock, Factor, FreeDave, Policy, Random, Threshold, TokenEditing, TopK
+from dllm_engine.policies import AdaBlock, Factor, FreeDave, Oracle, Policy, Random, Threshold, TokenEditing, TopK
+from dllm_engine.state import BlockState, DecodeState
+from dllm_engine.stats import RowStats
 
 # their lengths end before, in, at the end of and behind blocks of 4 and of 8 columns
 PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 44, 17], [9, 8, 7, 6, 5, 14, 13, 12, 44, 11, 10], [33] * 8]
@@ -104,10 +109,11 @@ def test_caches_are_exact_and_a_batch_gives_each_what_it_gets_alone(
     settings: dict[str, Any] = {"gen_length": 24, "policy": policy, "seed": [4, 5, 6, 7, 8]} | extra
     out = decode(model, PROMPTS, cache="none", **settings)
     cached = decode(model, PROMPTS, cache="dual", **settings)
-    assert cached.settings["block_length"] == 8
+    assert (cached.settings["block_length"], cached.settings["cache"]) == (8, "dual")
     for other in (cached, decode(model, PROMPTS, cache="prefix", **settings)):
         assert torch.equal(other.sequences, out.sequences)
         assert torch.equal(other.sequence_passes, out.sequence_passes)
+        assert other.settings["cache"] == "dual"
     settings.pop("seed")
     for i, prompt in enumerate(PROMPTS):
         alone = decode(model, [prompt], seed=4 + i, **settings)
@@ -131,29 +137,98 @@ def test_caches_are_exact_and_a_batch_gives_each_what_it_gets_alone(
             assert engine.nbytes < memory + 100, "what it was made for has room for whole blocks"
 
 
-def test_tokens_of_the_prompt_are_not_edited(model: LLaDA) -> None:
-    out = decode(model, PROMPTS, policy=TokenEditing(0.0, 0.0, 3), gen_length=16)
+class Rewrites(Threshold):
+    """Replaces whatever may be replaced, and notes how far each sequence is."""
+
+    reads_decided = True
+
+    def begin(self, state: DecodeState) -> None:
+        self.progress: list[float] = []
+
+    def edit(self, stats: RowStats, state: BlockState) -> Tensor:
+        self.progress += state.progress.tolist()
+        return torch.ones_like(state.undecided)
+
+
+def test_tokens_of_the_prompt_are_not_edited_and_are_no_progress(model: LLaDA) -> None:
+    policy = Rewrites(0.3)
+    out = decode(model, PROMPTS, policy=policy, gen_length=16)
     width = max(map(len, PROMPTS))
     for row, prompt in zip(out.sequences.tolist(), PROMPTS, strict=True):
         assert row[width - len(prompt) : width] == prompt
+    assert policy.progress[: len(PROMPTS)] == [0] * len(PROMPTS)
 
 
-def test_columns_that_are_computed(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prompt once, with the first block; later each block beside the one before it, then alone."""
-    shapes, hidden_states = [], LLaDA.hidden_states
+def begun(policy: Policy, block: int) -> tuple[BlockState, RowStats]:
+    """A block of a sequence with a prompt of three and an answer of eight, all decided, where 6 is predicted."""
+    state = DecodeState(
+        torch.tensor([[7, 3, 22]]), torch.tensor([0]), gen_length=8, block_length=8, steps=None, seeds=[0], mask_id=59,
+        fill_id=1, aligned=True,
+    )  # fmt: skip
+    state.undecided.fill_(False)
+    state.block_start.fill_(8 * block)
+    policy.begin(state)
+    made = state.block(torch.tensor([0]), 8)
+    return made, replace(make_stats(made), token=torch.full((1, 8), 6), log_odds=torch.full((1, 8), 9.0))
 
-    def noted(self: LLaDA, tokens: Any, *more: Any) -> Any:
-        shapes.append(tuple(tokens.shape))
-        return hidden_states(self, tokens, *more)
+
+def test_editing_has_no_wish_to_change_the_prompt() -> None:
+    """It would stay in a block for it."""
+    block, stats = begun(policy := TokenEditing(0.5, 0.5), 0)
+    assert policy.edit(stats, block).tolist() == [[False] * 3 + [True] * 5]
+
+
+def test_an_oracle_knows_the_answer_alone(model: LLaDA) -> None:
+    settings: dict[str, Any] = {"gen_length": 16, "end_of_text": "off"}
+    answer = decode(model, PROMPTS, policy="topk", **settings).sequences[:, -16:].clone()
+    out = decode(model, PROMPTS, policy=Oracle(answer), **settings)
+    assert torch.equal(out.sequences[:, -16:], answer)
+    block, stats = begun(policy := Oracle(torch.arange(8)[None]), 1)
+    assert policy.tokens(stats, block).tolist() == [[5, 6, 7, 6, 6, 6, 6, 6]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Any]]:
+    """Tokens and mask of each call of the transformer."""
+    made: list[tuple[Tensor, Any]] = []
+    hidden_states = LLaDA.hidden_states
+
+    def noted(self: LLaDA, tokens: Tensor, rope: Any, seen: Any, *more: Any) -> Any:
+        made.append((tokens.clone(), seen))
+        return hidden_states(self, tokens, rope, seen, *more)
 
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
+    return made
+
+
+def test_no_row_sees_nothing_and_guidance_masks_the_whole_prompt(model: LLaDA, calls: list[tuple[Tensor, Any]]) -> None:
+    for scale in (0.0, 0.5):
+        decode(model, PROMPTS, gen_length=8, cfg_scale=scale)
+    for tokens, seen in calls:
+        assert seen is None or bool((seen == 0).any(-1).all())
+    tokens = next(tokens for tokens, _ in calls if len(tokens) == 2 * len(PROMPTS))
+    assert (tokens[1::2] == model.mask_id).sum(1).tolist() == [16] * len(PROMPTS)
+    for row, prompt in zip(tokens[::2].tolist(), PROMPTS, strict=True):
+        assert [token for token in row if token not in (model.mask_id, model.fill_id)] == prompt
+
+
+def test_only_first_calls_compute_the_prompt(model: LLaDA, calls: list[tuple[Tensor, Any]]) -> None:
+    """Though the third begins when the first is at a block's start."""
+    prompts, settings = [[3] * 19, [4] * 24, [5] * 35], {"gen_length": 16, "steps": 4, "end_of_text": "off"}
+    with Engine(model, max_batch=2, max_length=60) as engine:
+        list(engine.generate_many(prompts, policy="topk", **settings))
+    assert sum(len(tokens) for tokens, _ in calls if tokens.shape[1] > 16) == len(prompts)
+
+
+def test_columns_that_are_computed(model: LLaDA, calls: list[tuple[Tensor, Any]]) -> None:
+    """The prompt once, with the first block; later each block beside the one before it, then alone."""
     settings: dict[str, Any] = {"gen_length": 16, "policy": "topk", "steps": 4, "end_of_text": "off"}
     decode(model, [[3] * 19], **settings)
     # two steps for the five columns beside the prompt's three, then two blocks of eight
-    assert shapes == [(1, 24), (1, 8), (1, 16), (1, 8), (1, 16), (1, 8)]
-    shapes.clear()
+    assert [tokens.shape[1] for tokens, _ in calls] == [24, 8, 16, 8, 16, 8]
+    calls.clear()
     decode(model, [[3] * 19], cache="none", **settings)
-    assert shapes == [(1, 24), (1, 24), (1, 32), (1, 32), (1, 40), (1, 40)]
+    assert [tokens.shape[1] for tokens, _ in calls] == [24, 24, 32, 32, 40, 40]
 
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
