@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " committed), in this order before the others; the first row is what the others are compared with (both)",
     )  # fmt: skip
     parser.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
-    parser.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({cli_options.BLOCK_LENGTH})")
+    parser.add_argument("--block-length", type=int, metavar="N", help=cli_options.BLOCK_LENGTH)
     parser.add_argument(
         "--batch-size", type=int, nargs="+", default=[1, 8], metavar="N", help="prompts at once, each in turn (1 8)"
     )

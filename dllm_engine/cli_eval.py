@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument(
         "--end-of-text", nargs="+", default=["auto"], metavar="NAME", help="auto, off, committed or predicted (auto)"
     )
-    settings.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({cli_options.BLOCK_LENGTH})")
+    settings.add_argument("--block-length", type=int, metavar="N", help=cli_options.BLOCK_LENGTH)
     settings.add_argument(
         "--gen-length",
         type=int,

@@ -9,7 +9,7 @@ from dllm_engine import built_in, checks
 from dllm_engine.model import LLaDA
 from dllm_engine.options import defaults_of
 
-BLOCK_LENGTH = "32; of a block-causal model its own"
+BLOCK_LENGTH = "tokens of a block (32; of a block-causal model its own)"
 POLICY_FORMS = (
     "auto; topk, random, left_to_right, margin [=TOKENS A STEP]; threshold[=0.9], factor[=1.0],"
     " learn2pd[=FILTER FILE][@THRESHOLD], entropy[=0.5], cad[=0.95/1/32/0.3], prophet[=7.5/5/2.5],"
@@ -50,7 +50,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "decoding", "Defaults are those in brackets, unless generation_config.json beside the weights says otherwise."
     )
     group.add_argument("--gen-length", type=int, metavar="N", help="tokens to generate (128)")
-    group.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({BLOCK_LENGTH})")
+    group.add_argument("--block-length", type=int, metavar="N", help=BLOCK_LENGTH)
     group.add_argument("--steps", type=int, metavar="N", help="steps of LLaDA's static schedule")
     group.add_argument("--policy", metavar="NAME[=VALUE]", help=f"{POLICY_FORMS} (auto)")
     group.add_argument(

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " weights says otherwise (its steps and cfg_scale are not used).",
     )
     group.add_argument("--gen-length", type=int, metavar="N", help="their max_tokens (128)")
-    group.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({cli_options.BLOCK_LENGTH})")
+    group.add_argument("--block-length", type=int, metavar="N", help=cli_options.BLOCK_LENGTH)
     group.add_argument("--policy", metavar="NAME[=VALUE]", help="as for generate (auto)")
     group.add_argument("--cache", metavar="NAME", help="none, prefix or dual (dual)")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the best token (0)")

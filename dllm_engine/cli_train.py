@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     traces = parser.add_argument_group("traces", "Decoded as the filter will be used.")
     traces.add_argument("--gen-length", type=int, default=128, metavar="N", help="tokens to generate (%(default)s)")
-    traces.add_argument("--block-length", type=int, metavar="N", help=f"tokens of a block ({cli_options.BLOCK_LENGTH})")
+    traces.add_argument("--block-length", type=int, metavar="N", help=cli_options.BLOCK_LENGTH)
     traces.add_argument("--cache", default="dual", metavar="NAME", help="none, prefix or dual (%(default)s)")
     traces.add_argument("--end-of-text", default="auto", metavar="NAME", help="auto, off, committed or predicted")
     traces.add_argument(

@@ -200,8 +200,12 @@ class Engine:
             )
             stream = stream_to(streamer, state, list(range(batch)))
             loop = Loop(model, state, options, buffers)
+
+            def described(b: int, column: int) -> str:
+                return f"sequence {b} at position {column - state.spans[b].first + prompt.shape[1]}"
+
             while joined := loop.step():
-                loop.check(joined, "sequence {} at position {}".format)
+                loop.check(joined, described)
                 if stream is not None:
                     stream.step(joined, loop.where)
             if stream is not None:

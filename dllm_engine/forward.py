@@ -63,9 +63,11 @@ class Forward:
     A *refresh* computes every row of its sequences (with cache ``"none"`` every call does); a *block call* computes the
     block and, with ``"prefix"``, all that is right of it, against cached keys. Where rows predict the column behind
     theirs (`LLaDAConfig.shifted`), it begins with the column before the block. Columns from a sequence's ``active_end``
-    on, and its padding, are no keys. Of a *block-causal* model no row sees farther than its block: keys of the block are
-    final when it is decided, and the call after that computes it once more beside the next. Guidance doubles the batch: each sequence is followed by itself with all prompt
+    on, and its padding, are no keys. Guidance doubles the batch: each sequence is followed by itself with all prompt
     tokens masked, with a cache row of its own.
+
+    No row of a *block-causal* model sees farther than its block. So keys of a block are final when it is computed once
+    more after its last commit; a block call does that beside its own block.
     """
 
     def __init__(
@@ -108,8 +110,8 @@ class Forward:
         """Final hidden states that predict the first ``width`` columns of each sequence's block.
 
         Args:
-            joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s, or block ends
-                of a block-causal model.
+            joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s; of a
+                block-causal model the ends of their blocks, if they come first.
             refresh: see the class. before: columns left of the blocks that a block call computes too.
 
         Returns:

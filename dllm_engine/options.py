@@ -129,13 +129,13 @@ def _block_causal(cache: Cache, policy: Policy, end_of_text: str, *, gen_length:
     """The cache of a block-causal model, whose rows never see what is right of their block: keys of decided blocks are
     exact, ``prefix`` and ``dual`` the same. What needs those columns raises ValueError.
     """
-    name = type(policy).__name__
     if cache.refresh != EveryBlock():
         raise ValueError(f"cache: '{cache}' given; a block-causal model's cache is never refreshed: 'dual' is exact")
     if end_of_text == "predicted":
         raise ValueError("end_of_text: 'predicted' given; a block-causal model has no predictions right of a block")
     if reach_of(policy, block_length, gen_length) > block_length or type(policy).block_lengths != Policy.block_lengths:
-        raise ValueError(f"policy: {name} given; a block-causal model computes its blocks as they are, no other columns")
+        name = type(policy).__name__
+        raise ValueError(f"policy: {name} given; a block-causal model computes blocks as they are and no other columns")
     return Cache("dual") if cache.name == "prefix" else cache
 
 

@@ -20,8 +20,8 @@ class BlockState:
     Attributes:
         sequences: int64 [B'], batch indices. columns: int64 [B', S], canvas-absolute.
         undecided: bool [B', S], may be committed. active: bool [B', S], False from ``active_end`` on.
-        positions: int64 [B', S], counted from the start of the generation; below 0 where a prompt's token stands, as it may
-            in the first block of a block-causal model.
+        positions: int64 [B', S], counted from the start of the generation; below 0 where a prompt's token stands, as
+            some do in the first block of a block-causal model.
         predicted: int64 [B', S], what the last step that saw it predicted there; −1 before the first.
         quota: int64 [B'], at least this many best positions are committed (fewer if fewer are left).
         noise_keys: int64 [B', S, 3], see `noise`.
@@ -68,9 +68,9 @@ class Span(NamedTuple):
 class DecodeState:
     """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.
 
-    Blocks begin at column P, where all prompts end. Where they are ``aligned`` (block-causal models), each sequence has
-    them from its first token on: P is a multiple of the block length, the tokens of a prompt behind its last whole block
-    are decided columns of the first block, and L has room for a block more.
+    Blocks begin at column P, where all prompts end. Where they are ``aligned`` (block-causal models), each sequence
+    has them from its first token on: P is a multiple of the block length, tokens of a prompt behind its last whole
+    block are decided columns of the first block, and L has room for a block more.
 
     Attributes:
         spans: `Span` of every sequence.
@@ -113,9 +113,9 @@ class DecodeState:
         """``prompt`` int64 [B, width] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
         batch, width = prompt.shape
         self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
-        self.block_of = block_length if aligned else 1  # prompts take a multiple of it before their first block
+        self.alignment = block_length if aligned else 1  # columns before the first block are a multiple of it
         lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
-        self.prompt_length = max(length - length % self.block_of for length in lengths)
+        self.prompt_length = max(length - length % self.alignment for length in lengths)
         self.batch, self.gen_length = batch, gen_length
         self.length = self.prompt_length + gen_length + (block_length if aligned else 0)
         self.spans = [self._span(length, gen_length) for length in lengths]
@@ -161,10 +161,10 @@ class DecodeState:
         return [self.prompt_length, self.prompt_length, 0, self.length, 0, 0]
 
     def _span(self, prompt_length: int, gen_length: int) -> Span:
-        rest = prompt_length % self.block_of
+        rest = prompt_length % self.alignment
         first = self.prompt_length + rest
         # both are multiples of the block length but for the rest
-        return Span(first - prompt_length, first, first + gen_length, first + gen_length + -rest % self.block_of)
+        return Span(first - prompt_length, first, first + gen_length, first + gen_length + -rest % self.alignment)
 
     def start(self, sequence: int) -> list[int]:
         """The row of ``progress`` of a sequence before its first call."""
@@ -198,7 +198,7 @@ class DecodeState:
 
     def sequences_of(self, prompt: Tensor) -> Tensor:
         """int64 [B, width + gen_length], the prompts as they were given and what stands behind them."""
-        if self.block_of == 1:
+        if self.alignment == 1:
             return self.tokens
         rows = [self.tokens[b, first:last] for b, (_, first, last, _) in enumerate(self.spans)]
         return torch.cat((prompt, torch.stack(rows)), dim=1)

@@ -169,13 +169,15 @@ class Written:
         self, prompt: Sequence[int], gen_length: int, block_length: int, threshold: float,
         quota: int = 1, end_ids: Sequence[int] = (),
     ) -> list[int]:  # fmt: skip
-        """The answer: a step commits a block's ``quota`` best columns, and all that reach the threshold."""
+        """The answer: a step commits a block's ``quota`` best columns, and all that reach the threshold. What is behind
+        an end of the text is seen by nobody.
+        """
         total = -(-(len(prompt) + gen_length) // block_length) * block_length
         ids = [*prompt, *[self.mask] * (total - len(prompt))]
-        open_ = set(range(len(prompt), total))
+        open_, text = set(range(len(prompt), total)), total
         for end in range(len(prompt) // block_length * block_length + block_length, total + 1, block_length):
             while open_ & set(range(end)):
-                logits = self.logits(ids[:end], block_length)
+                logits = self.logits(ids[: min(end, text)], block_length)
                 found = []
                 for column in open_ & set(range(end)):
                     row = logits[column]
@@ -190,7 +192,7 @@ class Written:
                         open_.discard(column)
                 ends = [c for c in range(len(prompt), end) if c not in open_ and ids[c] in end_ids]
                 if ends:
-                    behind = range(ends[0] + 1, total)
-                    ids[behind.start :] = [end_ids[0]] * len(behind)
-                    open_ -= set(behind)
+                    text = ends[0] + 1
+                    ids[text:] = [end_ids[0]] * (total - text)
+                    open_ -= set(range(text, total))
         return ids[len(prompt) : len(prompt) + gen_length]
