@@ -44,16 +44,19 @@ def decode(
     default in brackets.
 
     Args:
-        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM`` or ``DreamModel`` (its tensors are shared).
+        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM``, ``DreamModel`` or ``SDARForCausalLM`` (its tensors
+            are shared).
         input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints,
             of tensors [P] or of numpy's arrays.
         gen_length: tokens to generate, a multiple of ``block_length`` (128).
-        block_length: tokens of a block (32).
+        block_length: tokens of a block (32). Of a block-causal model (LLaDA2, SDAR) it is the attention's, counted from
+            a sequence's first token (`LLaDAConfig.block_size`).
         steps: total steps of LLaDA's static schedule; without it one position a step is guaranteed.
         policy: a name of `policies.names`, alone or with a value as on the command line (``"threshold=0.95"``,
             ``"topk=4"``), a policy object, or ``"auto"`` (see `policies.resolve`; ``"auto"``).
         cache: ``"none"``, ``"prefix"`` or ``"dual"`` (Fast-dLLM, arXiv 2505.22618), refreshed when a block begins;
-            ``"dual/8"`` refreshes every 8 calls, ``"dual/never"`` never; or a `refresh.Cache` (``"dual"``).
+            ``"dual/8"`` refreshes every 8 calls, ``"dual/never"`` never; or a `refresh.Cache` (``"dual"``). Of a
+            block-causal model it is exact, ``"prefix"`` the same, and never refreshed.
         temperature: 0 takes the best token; above, tokens are drawn from softmax(logits / temperature) (0).
         cfg_scale: classifier-free guidance; 0 is off (0).
         end_of_text: ``"committed"`` stops a sequence after an end id that it committed; ``"predicted"`` also cuts off,

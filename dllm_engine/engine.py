@@ -112,7 +112,11 @@ class Engine:
         if not weights.shares(self.model, self.model.config, model):
             return False
         config: Any = model.config
-        return LLaDAConfig.from_dict(config.to_dict(), "model.config") == self.model.config
+        settings, own = config.to_dict(), self.model.config
+        for key, value in (("mask_token_id", own.mask_token_id), ("eos_token_id", list(own.eos_token_ids))):
+            if settings.get(key) is None:  # the tokenizer said it
+                settings[key] = value
+        return LLaDAConfig.from_dict(settings, "model.config") == own
 
     @property
     def nbytes(self) -> int:

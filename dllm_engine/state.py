@@ -115,7 +115,7 @@ class DecodeState:
         self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
         self.alignment = block_length if aligned else 1  # columns before the first block are a multiple of it
         lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
-        self.prompt_length = max(length - length % self.alignment for length in lengths)
+        self.prompt_length = max(n - n % block_length for n in lengths) if aligned else width
         self.batch, self.gen_length = batch, gen_length
         self.length = self.prompt_length + gen_length + (block_length if aligned else 0)
         self.spans = [self._span(length, gen_length) for length in lengths]

@@ -35,14 +35,18 @@ def loaded(source: LLaDA, dtype: torch.dtype) -> LLaDA:
     return model
 
 
-@pytest.mark.parametrize(("layers", "shifted"), [("", False), ("", True), ("apart", False), ("off", False)])
-def test_the_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, layers: str, shifted: bool) -> None:
+@pytest.mark.parametrize(
+    ("layers", "kind"),
+    [("", {}), ("", {"shifted": True}), ("", {"block_size": 8}), ("apart", {}), ("off", {})],
+    ids=str,
+)
+def test_the_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, layers: str, kind: dict[str, Any]) -> None:
     """The whole call as on a GPU: attention reads its bounds from the state, the layer's kernels write the cache, the
     Triton step commits. Weights that lie apart, and the environment variable, leave the layers to torch.
     """
     sizes: dict[str, Any] = {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "mlp_hidden_size": 50}  # heads of 16
     torch.manual_seed(0)  # biases
-    model = source = ending_model(**sizes, include_qkv_bias=True, shifted=shifted)
+    model = source = ending_model(**sizes, include_qkv_bias=True, **kind)
     if layers != "apart":
         model = loaded(source, torch.float32)
     monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllm_engine import LLaDA, LLaDAConfig
+from dllm_engine import LLaDA, LLaDAConfig, decode
 from dllm_engine.config import Routing
 from dllm_engine.layers import Router
 from dllm_engine.tokenizer import load_tokenizer, read_facts
@@ -489,6 +489,8 @@ def test_a_loaded_module_is_shared(checkpoints: dict[str, Path], tmp_path: Path,
     other.config._name_or_path = str(checkpoints["sdar"])  # where it was loaded from
     found = LLaDA.from_transformers(other)
     assert (found.mask_id, found.end_ids, found.vocab_size) == (59, (1, 2), 61)
+    first, second = (decode(other, [[3, 4]], gen_length=8).sequences for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("raw", [SDAR_MOE, LLADA2 | IDS], ids=lambda raw: raw["model_type"])

@@ -153,14 +153,16 @@ def want_kernels(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLLM_LAYER_KERNELS", kernels)
 
 
-@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
+@pytest.mark.parametrize("kind", [{}, {"shifted": True}, {"block_size": 4}], ids=["", "shifted", "block-causal"])
 @pytest.mark.parametrize("kernels", ["1", "2", "3"])
-def test_layer_kernels_give_the_same_tokens(kernels: str, shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_kernels_give_the_same_tokens(
+    kernels: str, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch's layers, kernel by kernel, then captured, then replayed."""
     if unavailable("triton"):
         pytest.skip(unavailable("triton"))
     torch.manual_seed(0)  # biases
-    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2, include_qkv_bias=shifted, shifted=shifted)
+    source = ending_model(d_model=64, n_heads=2, n_kv_heads=2, include_qkv_bias="shifted" in kind, **kind)
     model = LLaDA.uninitialised(source.config, torch.device("cuda"), torch.float16)
     model.load_state_dict(source.state_dict())
     settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 4, "cache": "dual"}
