@@ -1,4 +1,4 @@
-"""Small LLaDA2 and SDAR checkpoints, and block-causal decoding of one sequence spelled out in float64."""
+"""Small LLaDA2 and SDAR checkpoints, transformers' models of the same, and decoding spelled out in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ RAW_LLADA2: dict[str, Any] = {
     "score_function": "sigmoid", "norm_topk_prob": True, "moe_router_enable_expert_bias": True, "router_dtype": "fp32",
     "pad_token_id": 1,
 }  # fmt: skip
+IDS = {"mask_token_id": 59, "eos_token_id": 1}  # which it would have
 NAMED_LLADA2 = {"<|endoftext|>": 1, "<|role_end|>": 2, "<|mask|>": 59}
 RAW_SDAR: dict[str, Any] = {
     "architectures": ["SDARForCausalLM"], "model_type": "sdar", "vocab_size": 64, "hidden_size": 32,
@@ -34,7 +36,11 @@ RAW_SDAR: dict[str, Any] = {
     "ep_size": 1, "bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 3, "mask_token_id": 60,
 }  # fmt: skip
 NAMED_SDAR = {"<|endoftext|>": 3, "<|im_end|>": 4, "<|MASK|>": 60}
-SIZE = 61  # of both tokenizers
+RAW_SDAR_MOE = RAW_SDAR | {
+    "architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "moe_intermediate_size": 24, "norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 2,
+}  # fmt: skip
+SIZE = 61  # of all tokenizers
 
 
 def named(raw: dict[str, Any]) -> dict[str, int]:
@@ -42,43 +48,65 @@ def named(raw: dict[str, Any]) -> dict[str, int]:
     return NAMED_LLADA2 if raw["model_type"] == "llada2_moe" else NAMED_SDAR
 
 
-def shapes_of(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    moe, width, dim = raw["model_type"] == "llada2_moe", raw["hidden_size"], raw["head_dim"]
-    heads, kv_heads = raw["num_attention_heads"] * dim, raw["num_key_value_heads"] * dim
-    embeddings = "model.word_embeddings" if moe else "model.embed_tokens"
-    shapes: dict[str, tuple[int, ...]] = {embeddings: (raw["vocab_size"], width), "model.norm": (width,)}
-    if not raw["tie_word_embeddings"]:
-        shapes["lm_head"] = (raw["vocab_size"], width)
-    for i in range(raw["num_hidden_layers"]):
-        layer, mlps = f"model.layers.{i}", {"mlp": raw["intermediate_size"]}
-        shapes |= {f"{layer}.{name}_layernorm": (width,) for name in ("input", "post_attention")}
-        if moe:
-            shapes[f"{layer}.attention.query_key_value"] = (heads + 2 * kv_heads, width)
-            shapes[f"{layer}.attention.dense"] = (width, heads)
-            shapes |= {f"{layer}.attention.{name}_layernorm": (dim,) for name in ("query", "key")}
-        else:
-            rows = {"q": (heads, width), "k": (kv_heads, width), "v": (kv_heads, width), "o": (width, heads)}
-            shapes |= {f"{layer}.self_attn.{name}_proj": shape for name, shape in rows.items()}
-            shapes |= {f"{layer}.self_attn.{name}_norm": (dim,) for name in "qk"}
-        if moe and i >= raw["first_k_dense_replace"]:
-            shapes[f"{layer}.mlp.gate"] = (raw["num_experts"], width)
-            mlps = {f"mlp.experts.{e}": raw["moe_intermediate_size"] for e in range(raw["num_experts"])}
-            mlps["mlp.shared_experts"] = raw["moe_intermediate_size"] * raw["num_shared_experts"]
-        for name, size in mlps.items():
-            shapes |= {f"{layer}.{name}.{part}_proj": (size, width) for part in ("gate", "up")}
-            shapes[f"{layer}.{name}.down_proj"] = (width, size)
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
-
-
-def tensors_of(raw: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+def reference(raw: dict[str, Any], seed: int = 0) -> Any:
     """Random, and peaked enough that rounding decides nothing."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes_of(raw).items():
-        drawn = torch.randn(shape, generator=generator)
-        tensors[name] = 1.6 * shape[-1] ** -0.5 * drawn if len(shape) > 1 else 1 + 0.2 * drawn
-        if name.endswith("mlp.gate.weight"):
-            tensors[name.replace("weight", "expert_bias")] = 0.3 * torch.randn(shape[0], generator=generator)
-    return tensors
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    kind = {"sdar": "Qwen3", "sdar_moe": "Qwen3Moe", "llada2_moe": "Glm4Moe"}[raw["model_type"]]
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "rms_norm_eps max_position_embeddings tie_word_embeddings moe_intermediate_size num_experts "
+        "num_experts_per_tok norm_topk_prob decoder_sparse_step mlp_only_layers n_group topk_group use_qk_norm "
+        "routed_scaling_factor first_k_dense_replace"
+    )
+    settings = {name: raw[name] for name in names.split() if name in raw}
+    rope = {"rope_type": "default", "rope_theta": float(raw["rope_theta"])}
+    if kind == "Glm4Moe":
+        settings |= {"n_routed_experts": settings.pop("num_experts"), "n_shared_experts": raw["num_shared_experts"]}
+        settings |= {"num_mtp_layers": 0, "norm_topk_prob": raw["num_experts_per_tok"] > 1}
+        rope["partial_rotary_factor"] = raw["partial_rotary_factor"]
+    config = getattr(transformers, f"{kind}Config")(
+        **settings, rope_parameters=rope, attention_bias=False, attn_implementation="eager"
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        scale, offset = (1.6 * max(tensor.shape[-1], 1) ** -0.5, 0.0) if tensor.ndim > 1 else (0.2, 1.0)
+        tensor.normal_(0.0 if name.endswith("bias") else offset, scale, generator=generator)
+    return model
+
+
+def logits_of(model: Any, ids: Tensor, block_size: int) -> Tensor:
+    block = torch.arange(ids.shape[1]) // block_size
+    hidden = (block[None, :] > block[:, None])[None, None].expand(len(ids), 1, -1, -1)
+    return model(ids, attention_mask=torch.zeros(hidden.shape).masked_fill(hidden, -1e30), use_cache=False).logits
+
+
+def published(model: Any, raw: dict[str, Any]) -> dict[str, Tensor]:
+    """A model's tensors under the names of checkpoints."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(tensor):
+                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
+                    tensors[name.replace("gate_up_proj", f"{e}.{part}.weight")] = half
+        elif name.endswith("experts.down_proj"):
+            tensors |= {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    if raw["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    if raw["model_type"] == "llada2_moe":
+        tensors = {name: t for name, t in tensors.items() if t.numel()}  # no shared experts are some of size 0
+        for i in range(raw["num_hidden_layers"]):
+            attention = f"model.layers.{i}.self_attn"
+            rows = [tensors.pop(f"{attention}.{part}_proj.weight") for part in "qkv"]
+            tensors[f"{attention}.query_key_value.weight"] = torch.cat(rows)
+        for old, new in {
+            "embed_tokens": "word_embeddings", "self_attn.o_proj": "attention.dense", "self_attn": "attention",
+            "q_norm": "query_layernorm", "k_norm": "key_layernorm", "e_score_correction_bias": "expert_bias",
+        }.items():  # fmt: skip
+            tensors = {name.replace(old, new): t for name, t in tensors.items()}
+    return {name: t.clone() for name, t in tensors.items()}
 
 
 def write(tensors: Mapping[str, Tensor], directory: Path, raw: dict[str, Any]) -> Path:
@@ -93,6 +121,8 @@ def write(tensors: Mapping[str, Tensor], directory: Path, raw: dict[str, Any]) -
     made = Tokenizer(WordLevel(words | special, unk_token="w0"))
     made.add_special_tokens([AddedToken(name, special=True) for name in special])
     made.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory
 
 

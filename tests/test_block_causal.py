@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_causal import RAW_LLADA2, RAW_SDAR, Written, tensors_of, write
+from block_causal import RAW_LLADA2, RAW_SDAR, Written, published, reference, write
 from conftest import ending_model, tiny_model
 from test_policies import make_stats
 from torch import Tensor
@@ -29,7 +29,7 @@ Both = tuple[LLaDA, Written]
 @pytest.fixture(scope="module", params=RAWS)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     raw = RAWS[request.param]
-    tensors = tensors_of(raw, seed=1)
+    tensors = published(reference(raw, seed=1), raw)
     directory = write(tensors, tmp_path_factory.mktemp(request.param) / "model", raw)
     return LLaDA.from_pretrained(directory, device="cpu"), Written(tensors, raw)
 
