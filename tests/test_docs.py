@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import block_causal
 import dreams
 import mixtures
 import pytest
@@ -135,6 +136,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dream = LLaDA(LLaDAConfig.from_dict(dreams.RAW)).requires_grad_(False)
     dreams.randomise(dream, 0)
     dreams.write(stored(dream), place / "Dream-org" / "Dream-v0-Instruct-7B")
+    for name, raw in {
+        "inclusionAI/LLaDA2.0-mini": block_causal.RAW_LLADA2, "inclusionAI/LLaDA2.1-mini": block_causal.RAW_LLADA2,
+        "JetLM/SDAR-4B-Chat": block_causal.RAW_SDAR,
+    }.items():  # fmt: skip
+        raw = raw | {"max_position_embeddings": 512}
+        made = LLaDA(LLaDAConfig.from_dict(block_causal.IDS | raw)).requires_grad_(False)
+        dreams.randomise(made, 0)
+        block_causal.write(stored(made), place / name, raw)
     write(
         "questions.jsonl", {"prompt": "Copy: 0 Alan Wells, 1 Amy Fox"}, {"prompt": "Reverse: 0 Carol King, 1 Amy Fox"}
     )
