@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mixtures
 import numpy as np
 import pytest
 import torch
@@ -83,16 +84,7 @@ def logits_of(model: Any, ids: Tensor, block_size: int) -> Tensor:
 
 def published(model: Any, raw: dict[str, Any]) -> dict[str, Tensor]:
     """A model's tensors under the names of checkpoints."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for e, both in enumerate(tensor):
-                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
-                    tensors[name.replace("gate_up_proj", f"{e}.{part}.weight")] = half
-        elif name.endswith("experts.down_proj"):
-            tensors |= {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
-        else:
-            tensors[name] = tensor
+    tensors = mixtures.expert_by_expert(model)
     if raw["tie_word_embeddings"]:
         del tensors["lm_head.weight"]
     if raw["model_type"] == "llada2_moe":

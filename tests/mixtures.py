@@ -54,6 +54,11 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 def write(model: Any, directory: Path, raw: dict[str, Any] = RAW, dtype: torch.dtype = torch.float32) -> Path:
     """The checkpoint under LLaDA-MoE's names, expert by expert, with a tokenizer that names the mask token."""
+    return save({name: t.to(dtype).clone() for name, t in expert_by_expert(model).items()}, directory, raw)
+
+
+def expert_by_expert(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model of transformers, which stacks those of its experts, as checkpoints have them."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
@@ -64,7 +69,7 @@ def write(model: Any, directory: Path, raw: dict[str, Any] = RAW, dtype: torch.d
             tensors |= {name.replace("down_proj", f"{e}.down_proj.weight"): one for e, one in enumerate(tensor)}
         else:
             tensors[name] = tensor
-    return save({name: t.to(dtype).clone() for name, t in tensors.items()}, directory, raw)
+    return tensors
 
 
 def save(tensors: dict[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
