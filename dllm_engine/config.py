@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 # lladamoe: copies of LLaDA-MoE that tell it from LLaDA
-MODEL_TYPES = "llada", "lladamoe", "Dream", "llada2_moe", "sdar", "sdar_moe"
+MODEL_TYPES = "llada", "lladamoe", "Dream", "llada2_moe", "sdar", "sdar_moe", "Fast_dLLM_Qwen"
 
 
 class _Layout(NamedTuple):
@@ -86,6 +87,12 @@ _SDAR_FIXED: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "use_sliding_window": (False, None),
 }
+# Fast-dLLM v2's code, made from Qwen2's, gives queries, keys and values a bias, as Dream's does.
+_FAST_DLLM_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+}
 _NAMES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -115,7 +122,10 @@ _SDAR_MOE = _SDAR._replace(
     instead={**_SDAR.instead, "norm_topk_prob": False},
     mixture=True,
 )
-_LAYOUTS = {"Dream": _DREAM, "llada2_moe": _LLADA2, "sdar": _SDAR, "sdar_moe": _SDAR_MOE}
+_FAST_DLLM = _Layout(
+    _FAST_DLLM_FIXED, _NAMES | {"block_size": "bd_size"}, {"bd_size": 32} | _DREAM.instead, _DREAM.always
+)
+_LAYOUTS = {"Dream": _DREAM, "llada2_moe": _LLADA2, "sdar": _SDAR, "sdar_moe": _SDAR_MOE, "Fast_dLLM_Qwen": _FAST_DLLM}
 
 
 class Routing(NamedTuple):
@@ -144,7 +154,8 @@ class ModelFacts(Protocol):
 
 @dataclass(frozen=True)
 class LLaDAConfig:
-    """Sizes, ids and constants of a model: LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE, Dream-7B and its kin, LLaDA2, SDAR.
+    """Sizes, ids and constants of a model: LLaDA-8B, LLaDA-1.5, iLLaDA, LLaDA-MoE, Dream-7B and its kin, LLaDA2, SDAR,
+    Fast-dLLM v2.
 
     Attributes:
         mlp_hidden_size: of a layer's MLP, or of each expert.
@@ -198,6 +209,13 @@ class LLaDAConfig:
     @property
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def block_length(self) -> int:
+        """What a block-causal model is decoded with where nothing is said: its own blocks, or as the code of
+        Fast-dLLM v2 (arXiv 2509.26328) has it, a part of them.
+        """
+        return math.gcd(self.block_size, 8) if self.shifted else self.block_size
 
     @property
     def fill_id(self) -> int:
@@ -263,6 +281,8 @@ class LLaDAConfig:
             if need("moe_layer_freq") != [1] * n_layers:
                 raise ValueError(f"{source}: moe_layer_freq is {raw['moe_layer_freq']!r}; supported: 1 for each layer")
             more["qk_norm"] = flag("qk_layernorm", raw.get("qk_layernorm") or False)
+        if layout is _FAST_DLLM and raw.get("layer_types") not in (None, ["full_attention"] * n_layers):
+            raise ValueError(f"{source}: layer_types is {raw['layer_types']!r}; supported: 'full_attention' for each")
         if layout is _SDAR_MOE:
             more["norm_topk_prob"] = flag("norm_topk_prob", need("norm_topk_prob"))
         if layout is _LLADA2:
@@ -272,10 +292,10 @@ class LLaDAConfig:
             more["partial_rotary_factor"] = real("partial_rotary_factor")
             more["routing"] = Routing(count("n_group"), count("topk_group"), real("routed_scaling_factor"))
             more["norm_topk_prob"] = more["num_experts_per_tok"] > 1
-        if "block_size" in layout.instead:
+        if name("block_size") in layout.instead:
             more |= {"block_size": count("block_size"), "head_dim": count("head_dim", 0)}
             if more["block_size"] < 1:
-                raise ValueError(f"{source}: block_size is {more['block_size']}; it must be at least 1")
+                raise ValueError(f"{source}: {name('block_size')} is {more['block_size']}; it must be at least 1")
         vocab_size = count("vocab_size")
         config = cls(
             d_model=d_model,

@@ -55,7 +55,7 @@ class Scheduler:
             fill_id=model.fill_id,
             end_ids=model.end_ids,
             buffers=buffers,
-            aligned=options.aligned,
+            alignment=options.alignment,
         )
         self.state.left.zero_()  # no row has work yet
         self.loop = Loop(model, self.state, options, buffers)
@@ -116,7 +116,7 @@ class Scheduler:
         return f"prompt {self.names[row]} at position {column - self.state.spans[row].padding}"
 
     def _generated(self, row: int) -> Generated:
-        padding, first, last, _ = self.state.spans[row]
+        padding, first, last, *_ = self.state.spans[row]
         sequence = own(self.state.tokens[row, padding:last], "cpu")  # host: it is finished
         ids = sequence[first - padding :].tolist()
         tokens = next((i for i, token in enumerate(ids) if token in self.model.end_ids), len(ids))

@@ -44,13 +44,14 @@ def decode(
     default in brackets.
 
     Args:
-        model: a `LLaDA`, or a loaded transformers ``LLaDAModelLM``, ``DreamModel`` or ``SDARForCausalLM`` (its tensors
-            are shared).
+        model: a `LLaDA`, or a loaded transformers module of those that `LLaDA.from_transformers` names (its tensors are
+            shared).
         input_ids: LongTensor [B, P], left-padded where ``attention_mask`` [B, P] is 0; or a list of lists of ints,
             of tensors [P] or of numpy's arrays.
         gen_length: tokens to generate, a multiple of ``block_length`` (128).
         block_length: tokens of a block (32). Of a block-causal model (LLaDA2, SDAR) it is the attention's, counted from
-            a sequence's first token (`LLaDAConfig.block_size`).
+            a sequence's first token (`LLaDAConfig.block_size`); of Fast-dLLM v2 that of the parts in which the model's
+            blocks are decoded (8).
         steps: total steps of LLaDA's static schedule; without it one position a step is guaranteed.
         policy: a name of `policies.names`, alone or with a value as on the command line (``"threshold=0.95"``,
             ``"topk=4"``), a policy object, or ``"auto"`` (see `policies.resolve`; ``"auto"``).

@@ -77,7 +77,7 @@ class Engine:
         self._buffers: Buffers | None = Buffers(loaded.device)
         self._lock = threading.RLock()  # re-entrant: a streamer that calls its own engine gets an error, not a deadlock
         self._busy = self._grows = False
-        columns = max_length + loaded.config.block_size  # whole blocks: see `DecodeState`
+        columns = max_length + 2 * loaded.config.block_size  # whole blocks: see `DecodeState`
         with torch.inference_mode():
             if self.cache.name != "none":
                 self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, columns), loaded.dtype)
@@ -200,7 +200,7 @@ class Engine:
                 fill_id=model.fill_id,
                 end_ids=model.end_ids,
                 buffers=buffers,
-                aligned=options.aligned,
+                alignment=options.alignment,
             )
             stream = stream_to(streamer, state, list(range(batch)))
             loop = Loop(model, state, options, buffers)
@@ -330,8 +330,7 @@ class Engine:
         """
         self._check_rows(options)
         limit = self.model.config.max_sequence_length
-        if options.aligned:  # the last block is decoded whole
-            limit -= limit % options.block_length
+        limit -= limit % options.alignment  # the last block is computed whole
         rows, longest = self.max_batch, min(self.max_length, limit) - options.gen_length
         with self._lent() as buffers:
             yield Scheduler(

@@ -23,6 +23,8 @@ class Call(NamedTuple):
         prompt: bool, broadcastable to [B', S]: columns that guidance masks; None without it.
         rope: cos and sin. key_mask: additive [rows, 1, S or 1, K], or None if all keys are seen.
         caches: one a layer. block: rows among those computed that predict the block: a slice, or int64 [B', width, 1].
+        kept: see `Forward`; row 0, before those computed, [B', 1, D], or None if none is put there.
+        keeps: whether the first row of ``block`` is to be kept, and is none of the block's.
     """
 
     sequences: Tensor
@@ -33,9 +35,13 @@ class Call(NamedTuple):
     key_mask: Tensor | None
     caches: list[LayerCache] | None
     block: slice | Tensor
+    kept: Tensor | None = None
+    keeps: bool = False
 
     def block_rows(self, hidden: Tensor, copies: int = 1) -> Tensor:
         """The blocks' rows of what the call computed; ``copies``: rows of ``hidden`` for each of the call's."""
+        if self.kept is not None:
+            hidden = torch.cat((self.kept.repeat_interleave(copies, 0), hidden), dim=1)
         if isinstance(self.block, slice):
             return hidden[:, self.block]
         at = self.block if copies == 1 else self.block.repeat_interleave(copies, 0)
@@ -67,7 +73,14 @@ class Forward:
     tokens masked, with a cache row of its own.
 
     No row of a *block-causal* model sees farther than its block. So keys of a block are final when it is computed once
-    more after its last commit; a block call does that beside its own block.
+    more after its last commit; a block call does that beside its own block. If its rows predict the column behind
+    theirs, too (Fast-dLLM v2), the one before a block does not see it: what that predicts is final with the block
+    before. So, as in the published code, a block is *opened* by a call of what is before it, and its first column
+    decided; later calls compute the model's block that they are in, and the row before it is kept.
+
+    Attributes:
+        kept: [B + 1, ways, D], the hidden state that predicts the first column of the model's block where each
+            sequence is, and a row for the idle one.
     """
 
     def __init__(
@@ -75,12 +88,16 @@ class Forward:
     ) -> None:
         """``reach``: rows from a block's start that the rule may commit."""
         self.model, self.state, self.cache, self.cfg_scale, self.reach = model, state, cache, cfg_scale, reach
-        self.shift, self.causal = int(model.config.shifted), model.config.block_size > 0
+        self.causal = model.config.block_size > 0
+        self.opens = self.causal and model.config.shifted
+        self.shift = int(model.config.shifted and not self.opens)
         self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
         if cache != "none":
             shape = KVCache.shape(model.config, state.batch * self.ways, state.length)
             self.kv = KVCache(buffers.take("KV cache", shape, model.dtype))
+        kept = (state.batch + 1) * self.opens, self.ways, model.config.d_model
+        self.kept = buffers.take("kept", kept, model.dtype)
         self.joined = model.joined_weights()
         self.slots = list(range(state.batch))  # the sequence whose keys are in each slot
         self.key: object = None
@@ -104,6 +121,10 @@ class Forward:
             self.key = None  # a call that was planned before writes into the slots of then
         return slots[:count]
 
+    def home(self, column: int) -> int:
+        """Where the model's block that a column is in begins."""
+        return column - (column - self.state.prompt_length) % self.state.alignment
+
     def __call__(
         self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int, before: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -111,7 +132,7 @@ class Forward:
 
         Args:
             joining: sequences as `arrange` gave them. starts, ends: their block starts and ``active_end``s; of a
-                block-causal model the ends of their blocks, if they come first.
+                block-causal model the ends of their blocks, if they come first, and the starts, if they are opened.
             refresh: see the class. before: columns left of the blocks that a block call computes too.
 
         Returns:
@@ -128,6 +149,9 @@ class Forward:
         hidden = self.model.hidden_states(tokens, call.rope, call.key_mask, call.caches, self.joined)
 
         hidden = call.block_rows(hidden)
+        if call.keeps:
+            self.kept[call.sequences] = hidden[:, 0].unflatten(0, (-1, self.ways))
+            hidden = hidden[:, 1:]
         if call.prompt is not None:
             hidden = guided(hidden.unflatten(0, (-1, 2)).unbind(1), self.cfg_scale)
         return call.sequences, hidden
@@ -146,12 +170,17 @@ class Forward:
     ) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
         padding, firsts = ([self.state.spans[b][i] for b in joining] for i in (0, 1))
-        starts, rows = [start - self.shift - before for start in starts], width + self.shift + before
-        low, first, longest = min(padding), starts[0], max(ends)  # no call looks at the padding that all have
+        blocks, longest = starts, max(ends)
+        if self.opens:
+            starts = [start - before for start in starts] if starts == ends else [self.home(start) for start in starts]
+            rows = min(state.alignment, longest - min(starts))
+        else:
+            starts, rows = [start - self.shift - before for start in starts], width + self.shift + before
+        low, first = min(padding), starts[0]  # no call looks at the padding that all have
         aligned = first == min(starts) == max(starts)
         whole = refresh or self.kv is None
-        where = torch.tensor([joining, starts, ends, padding, firsts], device=device)
-        sequences, start, end, pad, generated = where[0], *where[1:, :, None].unbind(0)
+        where = torch.tensor([joining, starts, ends, padding, firsts, blocks], device=device)
+        sequences, start, end, pad, generated, begin = where[0], *where[1:, :, None].unbind(0)
 
         columns: slice | Tensor
         block: slice | Tensor = slice(before, before + width)
@@ -164,6 +193,15 @@ class Forward:
         else:
             columns = start + torch.arange(rows if self.cache == "dual" else longest - min(starts), device=device)
             columns = torch.where(columns < longest, columns, state.length)  # ragged ends write to the spare column
+        kept, keeps = None, self.opens and (whole or blocks == ends)
+        if keeps:  # the rows before the model's block and the decode's; a sequence's first column has only its own
+            block = torch.cat((begin - (begin - state.prompt_length) % state.alignment,
+                               begin + torch.arange(width, device=device)), dim=1)
+            block = block - 1 + (block == pad) - (low if whole else start)
+            block = block.clamp_max(longest - low - 1)
+        elif self.opens:
+            block = (begin - start + torch.arange(width, device=device)).clamp_max(rows)
+            kept = self.kept[sequences].flatten(0, 1)[:, None]
         at = torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
         at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
         positions = (at - pad[: len(at)]).clamp_min(0)
@@ -171,8 +209,8 @@ class Forward:
         every, unseen = torch.arange(low, longest, device=device), None
         if low < max(padding) or min(ends) < longest:
             unseen = ((every < pad) | (every >= end))[:, None]
-        if self.causal and (whole or before):
-            behind = torch.maximum((at // state.block_length + 1) * state.block_length, pad + 1)  # padding sees a key
+        if self.causal and (whole or before and not self.opens):
+            behind = torch.maximum((at // state.alignment + 1) * state.alignment, pad + 1)  # padding sees a key
             later = every >= behind[..., None]
             unseen = later if unseen is None else later | unseen
         key_mask = None if unseen is None else additive(unseen, self.model.dtype)
@@ -199,4 +237,4 @@ class Forward:
             block = block.repeat_interleave(ways, 0)[..., None]
         everyone = joining == list(range(state.batch))
         rope = self.model.rope_tables(positions)
-        return Call(sequences, everyone, columns, prompt, rope, key_mask, caches, block)
+        return Call(sequences, everyone, columns, prompt, rope, key_mask, caches, block, kept, keeps)

@@ -57,7 +57,8 @@ class BlockCalls:
         weights = buffers.take("weights", rule.weights.shape, torch.float32).copy_(rule.weights)
         self.sequences, self.rule = sequences, replace(rule, bounds=bounds, weights=weights)
         self.layers = [self._kept(i, layer, buffers) for i, layer in enumerate(forward.joined)]
-        self.offsets = torch.arange(-forward.shift, self.state.block_length, device=device)
+        computed = forward.state.alignment if forward.opens else self.state.block_length
+        self.offsets = torch.arange(-forward.shift, computed, device=device)
         self.every = torch.arange(length + 1, device=device)
         self.idle = torch.tensor(self.state.idle, device=device)
         self.rows = torch.arange(self.state.batch, device=device)[:, None]
@@ -155,9 +156,12 @@ class BlockCalls:
         sequences = self.sequences[:count]
         state.progress[-1] = self.idle  # a step moves it on
         start, end = state.block_start[sequences, None], state.active_end[sequences, None]
+        first = start
         if self.forward.causal:
-            end = torch.minimum(end, start + state.block_length)
-        columns = start + self.offsets
+            size = self.forward.state.alignment
+            first = start - (start - state.prompt_length) % size
+            end = torch.minimum(end, first + size)
+        columns = first + self.offsets
         padding = state.padding[sequences, None]
         rope = model.rope_tables((columns - padding).clamp_min(0))
         # rows behind the end go to the spare column, and all of the idle one's: their slots are other sequences'
@@ -173,7 +177,12 @@ class BlockCalls:
         else:
             seen = additive(((self.every < padding) | (self.every >= end))[:, None], model.dtype)
         tokens = state.tokens[sequences[:, None], columns]
-        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)[:, : state.block_length]
+        hidden = model.hidden_states(tokens, rope, seen, caches, self.layers, self.kernels)
+        if self.forward.opens:
+            at = start - first + self.every[: state.block_length]
+            hidden = torch.cat((self.forward.kept[sequences], hidden), dim=1)
+            hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = hidden[:, : state.block_length]
         ops.decode_step_(
             hidden, model.lm_head, state, sequences, self.rule, end_ids=self.end_ids, known=True, **self.scoring
         )

@@ -152,11 +152,21 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
             f"steps: {steps} given; the {blocks} blocks"
             f" (gen_length {gen_length} / block_length {block_length}) must divide it"
         )
-    limit = model.config.max_sequence_length
-    whole = -(-longest_prompt // block_length) * block_length if model.config.block_size else longest_prompt
-    if whole + gen_length > limit:
-        blocks_of = f", in whole blocks {whole}," if whole != longest_prompt else ""
+    alignment, limit = alignment_of(model, block_length), model.config.max_sequence_length
+    if alignment % block_length and alignment > 1:
+        raise ValueError(f"block_length: {block_length} given; it must divide the model's block size {alignment}")
+    if longest_prompt + gen_length > limit - limit % alignment:
+        whole = f", {limit - limit % alignment} of them in whole blocks" if limit % alignment else ""
         raise ValueError(
-            f"gen_length: a prompt of {longest_prompt} tokens{blocks_of} + {gen_length}"
-            f" exceeds the model's max_sequence_length {limit}"
+            f"gen_length: a prompt of {longest_prompt} tokens + {gen_length}"
+            f" exceeds the model's max_sequence_length {limit}{whole}"
         )
+
+
+def alignment_of(model: LLaDA, block_length: int) -> int:
+    """Columns of a block of attention, as `DecodeState` has them. Where rows predict the column behind theirs, the
+    model's blocks are decoded in shorter ones (Fast-dLLM v2, arXiv 2509.26328); else they are as long as those.
+    """
+    if not model.config.block_size:
+        return 1
+    return model.config.block_size if model.config.shifted else block_length

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dllm_engine.forward import Forward
 from dllm_engine.model import LLaDA
 from dllm_engine.options import Options
 from dllm_engine.policies.base import Policy, decide_, probes_of, reach_of
+from dllm_engine.reference import commit_
 from dllm_engine.state import DecodeState
 
 _USERS: dict[int, weakref.ref[Loop]] = {}
@@ -90,12 +92,13 @@ class Loop:
         if self.rule is not None and graphs.supported(self.forward, options):
             self.block_calls = graphs.BlockCalls(self.forward, self.rule, self.stopping_ids, self.scoring, buffers)
         self.passes, self.taken, self._waited = 0, [0] * state.batch, 0
+        self.opened = [-1] * state.batch  # where each sequence's last block was that had to be (`Forward`)
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
     def admit(self, row: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt begins in the row of a finished sequence."""
         self.state.admit(row, prompt, seed, gen_length)
-        self.where[row], self.taken[row] = self.state.start(row), 0
+        self.where[row], self.taken[row], self.opened[row] = self.state.start(row), 0, -1
 
     def release(self, row: int) -> None:
         """The sequence of a row ends here, wherever it is."""
@@ -117,10 +120,12 @@ class Loop:
         self._waited = self._waited + 1 if due and inside else 0
         if self._waited > self.patience:
             unfinished, due, self._waited = inside, [], 0
-        before = 0
+        before, opening = 0, False
         if due and self.forward.causal:  # keys of all blocks but the last are final: that and the new one are due
-            first_calls = [b for b in due if where[b][4] == 0]
-            due, before = first_calls or due, 0 if first_calls else self.state.block_length
+            kinds = {b: (where[b][4] > 0, self._opens(b)) for b in due}
+            later, opening = min(kinds.values())
+            due = [b for b in due if kinds[b] == (later, opening)]
+            before = self.state.alignment if later and self.forward.kv is not None else 0
         ahead = self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
         apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
@@ -130,6 +135,8 @@ class Loop:
             self.block_calls(joining)
         elif self.policy.drafts > 1 and not due and not ahead and any(where[b][2] > 0 for b in joining):
             self._verify(joining)
+        elif opening:
+            self._open(joining, refresh=not before, before=before)
         else:
             self._call(joining, ahead, refresh=bool(due) and not before, before=before)
 
@@ -179,6 +186,31 @@ class Loop:
             scoring = self.scoring | {"temperature": 0.0}
             predict_end_(state, sequences[chosen], first, beyond[chosen], model.lm_head, self.end_ids, scoring)
 
+    def _open(self, joining: list[int], *, refresh: bool, before: int) -> None:
+        """One model call of what is before blocks and the commit of their first columns, which no rule is asked for.
+        It is none of a block's steps.
+        """
+        state, model = self.state, self.model
+        starts = [self.where[b][0] for b in joining]
+        sequences, hidden = self.forward(joining, starts, starts, refresh=refresh, before=before, width=1)
+        block = state.block(sequences, state.block_length)
+        first = block.columns == block.columns[:, :1]
+        one = replace(block, undecided=first)
+        hidden = hidden.expand(-1, state.block_length, -1)
+        stats = ops.block_stats(hidden, model.lm_head, one, reads_decided=False, **self.scoring)
+        block = replace(block, quota=torch.zeros_like(block.quota))
+        commit_(state, block, stats, stats.log_odds, first, stats.token, end_ids=self.stopping_ids)
+        state.predicted[sequences[:, None], block.columns] = torch.where(first, stats.token, block.predicted)
+        state.step_in_block[sequences] = 0
+        for b, start in zip(joining, starts, strict=True):
+            self.opened[b] = start
+
+    def _opens(self, b: int) -> bool:
+        """Whether a sequence's next call opens its block."""
+        start = self.where[b][0]
+        begins = self.forward.opens and start == self.forward.home(start)
+        return begins and self.opened[b] != start and start >= self.state.spans[b].first
+
     def _verify(self, joining: list[int]) -> None:
         """One model call of all drafts of sequences, and the rule's steps as far as drafts hold."""
         starts, ends, width = self._extent(joining)
@@ -191,7 +223,8 @@ class Loop:
         """Block starts and ends of text of the sequences, and the rows that the longest of their blocks has."""
         starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
         if self.forward.causal:
-            ends = [min(end, start + self.state.block_length) for start, end in zip(starts, ends, strict=True)]
+            size, home = self.state.alignment, self.forward.home
+            ends = [min(end, home(start) + size) for start, end in zip(starts, ends, strict=True)]
         return starts, ends, min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
 
     def _until_due(self, b: int) -> int:
@@ -204,6 +237,8 @@ class Loop:
 
     def _due(self, unfinished: list[int]) -> list[int]:
         """Those whose next call is a refresh."""
+        if self.forward.opens:  # a part of the model's block is begun by an ordinary call
+            return [b for b in unfinished if self._opens(b) or (self.refresh is not None and self.where[b][4] == 0)]
         if self.refresh is None:
             return []
         due, where = self.refresh.due, self.where

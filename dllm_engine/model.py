@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def _complete(raw: dict[str, Any], directory: Path) -> TokenizerFacts | None:
-    """Give a config the ids that it lacks and the tokenizer knows (of LLaDA-MoE and LLaDA2 it alone knows the mask).
+    """Give a config the ids that it lacks and the tokenizer knows (of LLaDA-MoE, LLaDA2 and Fast-dLLM v2 it alone knows
+    the mask).
 
     Returns:
         The tokenizer's facts, where it was asked.
@@ -35,7 +36,7 @@ def _complete(raw: dict[str, Any], directory: Path) -> TokenizerFacts | None:
 
 class LLaDA(nn.Module):
     """A masked diffusion language model: LLaDA and its family, Dream (`LLaDAConfig.shifted`), or a block-causal one:
-    LLaDA2 and SDAR (`LLaDAConfig.block_size`).
+    LLaDA2 and SDAR (`LLaDAConfig.block_size`), or both: Fast-dLLM v2.
 
     Attributes:
         config: sizes and ids from ``config.json``.
@@ -91,8 +92,8 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_transformers(cls, module: nn.Module, vocab_size: int | None = None) -> LLaDA:
-        """Wrap a loaded transformers ``LLaDAModelLM``, ``DreamModel`` or ``SDARForCausalLM``, whose tensors are shared,
-        not copied.
+        """Wrap a loaded transformers ``LLaDAModelLM``, ``DreamModel``, ``SDARForCausalLM`` or
+        ``Fast_dLLM_QwenForCausalLM``, whose tensors are shared, not copied.
 
         Only the module's ``config``, the names of its tensors and the JSON files that it was loaded with are read.
         ``vocab_size`` is ``len(tokenizer)``, by default that of a tokenizer among those files; without one every row of
@@ -108,7 +109,8 @@ class LLaDA(nn.Module):
         raw, given = getattr(module, "config", None), type(module).__name__
         if raw is None or not hasattr(raw, "to_dict"):
             raise ValueError(
-                f"model: {given} has no transformers config; a LLaDAModelLM, DreamModel or SDARForCausalLM is needed"
+                f"model: {given} has no transformers config; a LLaDAModelLM, DreamModel, SDARForCausalLM or"
+                " Fast_dLLM_QwenForCausalLM is needed"
             )
         settings = raw.to_dict()
         if settings.get("num_experts"):

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 
 def defaults_of(model: LLaDA) -> dict[str, Any]:
     """`DEFAULTS`, and of a block-causal model its own block length."""
-    return DEFAULTS | ({"block_length": model.config.block_size} if model.config.block_size else {})
+    return DEFAULTS | ({"block_length": model.config.block_length} if model.config.block_size else {})
 
 
 def default(model: LLaDA, name: str) -> Any:
@@ -37,7 +37,7 @@ class Options:
 
     Attributes:
         steps: of the static schedule; None: a quota of one position a step.
-        aligned: see `DecodeState`.
+        alignment: see `DecodeState`.
         extra_banned: ids never chosen, beside the mask and what is no token. excluded_ids: see `ops.row_stats`.
     """
 
@@ -52,7 +52,7 @@ class Options:
     cfg_scale: float = 0.0
     extra_banned: tuple[int, ...] = ()
     excluded_ids: tuple[int, ...] = ()
-    aligned: bool = False
+    alignment: int = 1
 
     @classmethod
     def resolve(cls, model: LLaDA, *, longest_prompt: int, **given: Any) -> Options:
@@ -117,7 +117,7 @@ class Options:
             backend=resolve_backend(backend, model, cfg_scale),
             temperature=temperature,
             cfg_scale=cfg_scale,
-            aligned=model.config.block_size > 0,
+            alignment=inputs.alignment_of(model, block_length),
         )
 
     def told(self, seeds: list[int]) -> dict[str, Any]:

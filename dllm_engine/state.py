@@ -57,26 +57,30 @@ class Span(NamedTuple):
     Attributes:
         padding: columns before its prompt. first, last: its generation is columns ``first`` to ``last``.
         end: of its last block; columns from ``last`` on are decoded and left out.
+        whole: of the model's block that this is part of; columns from ``end`` on stay masked.
     """
 
     padding: int
     first: int
     last: int
     end: int
+    whole: int
 
 
 class DecodeState:
     """Device tensors of one decode: canvas [B, L] with L = P + gen_length, and a few values a sequence.
 
-    Blocks begin at column P, where all prompts end. Where they are ``aligned`` (block-causal models), each sequence
-    has them from its first token on: P is a multiple of the block length, tokens of a prompt behind its last whole
-    block are decided columns of the first block, and L has room for a block more.
+    Blocks begin at column P, where all prompts end. With an ``alignment`` above 1 (block-causal models), each sequence
+    has blocks of so many columns from its first token on: P is a multiple of it, tokens of a prompt behind its last
+    whole block are decided columns of what follows, and L has room for the rest of a block. The block length divides
+    it.
 
     Attributes:
         spans: `Span` of every sequence.
         tokens: int64 [B, L], mask id where undecided. undecided: bool [B, L]. predicted: int64 [B, L], the
             last prediction of each column that was undecided in a call, −1 before.
-        padding: int64 [B], left-padding columns. first: int64 [B], the first generated columns. seeds: int64 [B].
+        padding: int64 [B], left-padding columns. first: int64 [B], the first generated columns. ends: int64 [B],
+            `Span.end`. seeds: int64 [B].
         end_ids: int64 [E].
         quota: int64 [block_length], per step of a block.
         progress: int64 [B, 6], what a step moves on and the host reads; its columns, also as attributes:
@@ -93,6 +97,7 @@ class DecodeState:
 
     padding: Tensor
     first: Tensor
+    ends: Tensor
     with_idle: DecodeState  # the same rows and the idle one
 
     def __init__(
@@ -108,16 +113,16 @@ class DecodeState:
         fill_id: int,
         end_ids: Sequence[int] = (),
         buffers: Buffers | None = None,
-        aligned: bool = False,
+        alignment: int = 1,
     ) -> None:
         """``prompt`` int64 [B, width] and ``padding`` int64 [B]; ``buffers`` lend the canvas its memory."""
         batch, width = prompt.shape
         self.block_length, self.mask_id, self.fill_id = block_length, mask_id, fill_id
-        self.alignment = block_length if aligned else 1  # columns before the first block are a multiple of it
+        self.alignment = alignment
         lengths = [width - pad for pad in padding.tolist()]  # host: once, before the first call
-        self.prompt_length = max(n - n % block_length for n in lengths) if aligned else width
+        self.prompt_length = width if alignment == 1 else max(n - n % alignment for n in lengths)
         self.batch, self.gen_length = batch, gen_length
-        self.length = self.prompt_length + gen_length + (block_length if aligned else 0)
+        self.length = self.prompt_length + _up(gen_length + alignment - 1, alignment)
         self.spans = [self._span(length, gen_length) for length in lengths]
         device = prompt.device
         buffers = buffers or Buffers(device)
@@ -128,7 +133,7 @@ class DecodeState:
             rows[0], rows[1], rows[2], rows[3], rows[4], quota, prompt_length=self.prompt_length, fill_id=fill_id
         )
         self.tokens, self.undecided, self.predicted, self.progress, self.seeds, self.padding = (t[:batch] for t in rows)
-        self.quota, self.first = quota, torch.empty(batch, dtype=torch.int64, device=device)
+        self.quota, (self.first, self.ends) = quota, torch.empty(2, batch, dtype=torch.int64, device=device)
         self.end_ids = torch.tensor(end_ids, dtype=torch.int64, device=device)
         self.with_idle.padding, self.with_idle.end_ids = rows[5], self.end_ids
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
@@ -161,15 +166,16 @@ class DecodeState:
         return [self.prompt_length, self.prompt_length, 0, self.length, 0, 0]
 
     def _span(self, prompt_length: int, gen_length: int) -> Span:
-        rest = prompt_length % self.alignment
-        first = self.prompt_length + rest
-        # both are multiples of the block length but for the rest
-        return Span(first - prompt_length, first, first + gen_length, first + gen_length + -rest % self.alignment)
+        first, start = self.prompt_length + prompt_length % self.alignment, self.prompt_length
+        last = first + gen_length
+        # without an alignment the first block, too, begins where the prompt ends
+        end = start + _up(last - start, self.block_length) if self.alignment > 1 else last
+        return Span(first - prompt_length, first, last, end, start + _up(last - start, self.alignment))
 
     def start(self, sequence: int) -> list[int]:
         """The row of ``progress`` of a sequence before its first call."""
-        _, first, _, end = self.spans[sequence]
-        return [self.prompt_length, end, 0, self.length, 0, end - first]
+        _, first, _, end, whole = self.spans[sequence]
+        return [first - (first - self.prompt_length) % self.block_length, whole, 0, self.length, 0, end - first]
 
     def admit(self, sequence: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt takes a finished sequence's place; columns behind ``gen_length`` are not its own."""
@@ -186,21 +192,21 @@ class DecodeState:
         """Prompts, which end at the last of their columns, and the canvas behind them."""
         device, which = prompt.device, range(self.batch)[sequences]
         spans = torch.tensor([self.spans[b] for b in which], device=device)
-        padding, first, _, end = spans[..., None].unbind(1)
+        padding, first, _, end, whole = spans[..., None].unbind(1)
         columns = torch.arange(self.length, device=device)
         at = columns - first + prompt.shape[1]
         given = prompt.gather(1, at.clamp(0, prompt.shape[1] - 1)).where((at >= 0) & (columns < first), self.fill_id)
         open_ = (columns >= first) & (columns < end)
-        self.tokens[sequences] = given.masked_fill(open_, self.mask_id)
+        self.tokens[sequences] = given.masked_fill((columns >= first) & (columns < whole), self.mask_id)
         self.undecided[sequences], self.predicted[sequences] = open_, -1
-        self.padding[sequences], self.first[sequences] = padding[:, 0], first[:, 0]
+        self.padding[sequences], self.first[sequences], self.ends[sequences] = padding[:, 0], first[:, 0], end[:, 0]
         self.progress[sequences] = torch.tensor([self.start(b) for b in which], device=device)
 
     def sequences_of(self, prompt: Tensor) -> Tensor:
         """int64 [B, width + gen_length], the prompts as they were given and what stands behind them."""
         if self.alignment == 1:
             return self.tokens
-        rows = [self.tokens[b, first:last] for b, (_, first, last, _) in enumerate(self.spans)]
+        rows = [self.tokens[b, span.first : span.last] for b, span in enumerate(self.spans)]
         return torch.cat((prompt, torch.stack(rows)), dim=1)
 
     @classmethod
@@ -224,7 +230,7 @@ class DecodeState:
         state.prompt_length, state.fill_id = prompt_length, fill_id
         state.gen_length = state.length - prompt_length
         state.end_ids = tokens.new_empty(0)
-        state.first = torch.full_like(tokens[:, 0], prompt_length)
+        state.first, state.ends = (torch.full_like(tokens[:, 0], column) for column in (prompt_length, state.length))
         return state
 
     def block(self, sequences: Tensor, width: int) -> BlockState:
@@ -248,9 +254,14 @@ class DecodeState:
             tokens=self.tokens[rows, columns],
             step_in_block=step_in_block,
             left=self.left[sequences],
-            text_length=self.active_end[sequences] - self.first[sequences],
+            text_length=torch.minimum(self.active_end, self.ends)[sequences] - self.first[sequences],
             end_ids=self.end_ids,
         )
+
+
+def _up(columns: int, size: int) -> int:
+    """The next multiple of ``size``."""
+    return -(-columns // size) * size
 
 
 def _quota_table(gen_length: int, block_length: int, steps: int | None) -> Tensor:

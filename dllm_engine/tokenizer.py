@@ -9,10 +9,10 @@ from typing import Any
 
 from dllm_engine.config import read_json
 
-# The names under which these models end a turn (LLaDA, with Llama 3's template; LLaDA-MoE and LLaDA2; Dream and SDAR).
+# The names under which these models end a turn (LLaDA, with Llama 3's template; LLaDA-MoE and LLaDA2; the others).
 # A model may end an answer with it before any eos token, so it ends the text; its id comes from the tokenizer.
 _END_OF_TURN = "<|eot_id|>", "<|role_end|>", "<|im_end|>"
-_MASK = "<|mdm_mask|>", "<|mask|>", "<|MASK|>"  # the same of the mask, where no file says which token it is
+_MASK = "<|mdm_mask|>", "<|mask|>", "<|MASK|>", "|<MASK>|"  # the same of the mask, where no file says which token it is
 _EXPAND = "<|expand|>"  # DreamOn's: the position becomes two
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 

@@ -16,7 +16,7 @@ _PREFIX = "model.transformer."  # in LLaDA's checkpoints, before the names of ou
 _EMBEDDING, _HEAD = "wte.weight", "ff_out.weight"
 _Names = dict[str, str]
 # what others call our modules: the model's own, and those of a layer
-_QWEN: tuple[_Names, _Names] = (  # LLaDA-MoE, Dream, SDAR
+_QWEN: tuple[_Names, _Names] = (  # LLaDA-MoE, Dream, SDAR, Fast-dLLM v2
     {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "blocks": "model.layers"},
     {
         "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm",

@@ -37,7 +37,14 @@ def loaded(source: LLaDA, dtype: torch.dtype) -> LLaDA:
 
 @pytest.mark.parametrize(
     ("layers", "kind"),
-    [("", {}), ("", {"shifted": True}), ("", {"block_size": 8}), ("apart", {}), ("off", {})],
+    [
+        ("", {}),
+        ("", {"shifted": True}),
+        ("", {"block_size": 8}),
+        ("", {"block_size": 16, "shifted": True}),
+        ("apart", {}),
+        ("off", {}),
+    ],
     ids=str,
 )
 def test_the_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, layers: str, kind: dict[str, Any]) -> None:

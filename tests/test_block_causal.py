@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from conftest import ending_model, tiny_model
 from test_policies import make_stats
 from torch import Tensor
 
-from dllm_engine import Engine, LLaDA, decode
+from dllm_engine import Engine, LearnedFilter, LLaDA, decode
 from dllm_engine.likelihood import log_likelihood
 from dllm_engine.options import Options
-from dllm_engine.policies import AdaBlock, Factor, FreeDave, Oracle, Policy, Random, Threshold, TokenEditing, TopK
+from dllm_engine.policies import (
+    AdaBlock, Factor, FreeDave, Learn2PD, Oracle, Policy, Random, Threshold, TokenEditing, TopK,
+)  # fmt: skip
 from dllm_engine.state import BlockState, DecodeState
 from dllm_engine.stats import RowStats
 
@@ -37,6 +40,12 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def model() -> LLaDA:
     return ending_model(block_size=8, max_sequence_length=511)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "shifted"])
+def either(request: pytest.FixtureRequest, model: LLaDA) -> LLaDA:
+    """Of LLaDA2's and SDAR's kind, or of Fast-dLLM v2's: blocks of 16 columns, decoded in halves."""
+    return ending_model(block_size=16, max_sequence_length=511, shifted=True) if request.param else model
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -97,14 +106,16 @@ def test_padding_that_was_given_is_given_back(both: Both) -> None:
     assert torch.equal(out.sequences[:, width:], decode(model, PROMPTS, **settings).sequences[:, -16:])
 
 
-RULES: list[Policy] = [TopK(), Threshold(0.4), Factor(1.5), Random(), TokenEditing(0.3, 0.2, 4), Threshold(0.2)]
+LEARNED = LearnedFilter.from_pretrained(Path(__file__).parent / "golden/filter.safetensors", force=True)
+RULES: list[Policy] = [TopK(), Factor(1.5), Random(), TokenEditing(0.3, 0.2, 4), Threshold(0.2), Learn2PD(LEARNED, 0.7)]
 
 
 @pytest.mark.parametrize("policy", RULES, ids=str)
 @pytest.mark.parametrize("extra", [{}, {"cfg_scale": 0.6}, {"end_of_text": "off"}], ids=str)
 def test_caches_are_exact_and_a_batch_gives_each_what_it_gets_alone(
-    model: LLaDA, policy: Policy, extra: dict[str, Any]
+    either: LLaDA, policy: Policy, extra: dict[str, Any]
 ) -> None:
+    model = either
     settings: dict[str, Any] = {"gen_length": 24, "policy": policy, "seed": [4, 5, 6, 7, 8]} | extra
     out = decode(model, PROMPTS, cache="none", **settings)
     cached = decode(model, PROMPTS, cache="dual", **settings)
@@ -149,9 +160,9 @@ class Rewrites(Threshold):
         return torch.ones_like(state.undecided)
 
 
-def test_tokens_of_the_prompt_are_not_edited_and_are_no_progress(model: LLaDA) -> None:
+def test_tokens_of_the_prompt_are_not_edited_and_are_no_progress(either: LLaDA) -> None:
     policy = Rewrites(0.3)
-    with Engine(model, max_batch=len(PROMPTS), max_length=32) as engine:
+    with Engine(either, max_batch=len(PROMPTS), max_length=32) as engine:
         for one in engine.generate_many(PROMPTS, policy=policy, gen_length=16):
             assert one.sequence[: one.prompt_length].tolist() == PROMPTS[one.index]
     assert policy.progress[: len(PROMPTS)] == [0] * len(PROMPTS)
@@ -161,7 +172,7 @@ def begun(policy: Policy, block: int) -> tuple[BlockState, RowStats]:
     """A block of a sequence with a prompt of three and an answer of eight, all decided, where 6 is predicted."""
     state = DecodeState(
         torch.tensor([[7, 3, 22]]), torch.tensor([0]), gen_length=8, block_length=8, steps=None, seeds=[0], mask_id=59,
-        fill_id=1, aligned=True,
+        fill_id=1, alignment=8,
     )  # fmt: skip
     state.undecided.fill_(False)
     state.block_start.fill_(8 * block)
@@ -231,10 +242,10 @@ def test_columns_that_are_computed(model: LLaDA, calls: list[tuple[Tensor, Any]]
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 @pytest.mark.parametrize("rule", [TopK(), Threshold(0.4), Factor(1.5)], ids=str)
-def test_drafts_change_no_token(model: LLaDA, cache: str, rule: Policy) -> None:
+def test_drafts_change_no_token(either: LLaDA, cache: str, rule: Policy) -> None:
     settings: dict[str, Any] = {"gen_length": 24, "cache": cache}
-    plain = decode(model, PROMPTS, policy=rule, **settings)
-    out = decode(model, PROMPTS, policy=FreeDave(4, rule=rule), **settings)
+    plain = decode(either, PROMPTS, policy=rule, **settings)
+    out = decode(either, PROMPTS, policy=FreeDave(4, rule=rule), **settings)
     assert torch.equal(out.sequences, plain.sequences)
     assert bool((out.sequence_passes <= plain.sequence_passes).all())
 
@@ -248,7 +259,7 @@ def test_drafts_change_no_token(model: LLaDA, cache: str, rule: Policy) -> None:
         ({"policy": "ete"}, "policy: ExploreExploit given; a block-causal model computes blocks as they are"),
         ({"policy": AdaBlock(delimiters=[5])}, "policy: AdaBlock given"),
         ({"gen_length": 12}, "block_length: 8 given; it must divide gen_length 12"),
-        ({"gen_length": 496}, r"a prompt of 11 tokens, in whole blocks 16, \+ 496 exceeds the model's max_seq.* 511"),
+        ({"gen_length": 496}, r"a prompt of 11 tokens \+ 496 exceeds the model's max_seq.* 511, 504 of them in whole blocks"),
     ],
     ids=str,
 )

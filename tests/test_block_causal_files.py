@@ -111,7 +111,6 @@ def test_a_config_as_transformers_5_writes_it(raw: dict[str, Any]) -> None:
         (LLADA2, {"use_sliding_window": True}, "use_sliding_window is True; supported: False"),
         (LLADA2, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         (LLADA2, {"model_type": "llada2_moe_veomni"}, "'llada2_moe_veomni'; this engine runs .*'llada2_moe', 'sdar'"),
-        (LLADA2, {"model_type": "Fast_dLLM_Qwen"}, "model_type is 'Fast_dLLM_Qwen'"),
         (LLADA2, {"n_group": 3}, "n_group is 3, topk_group 2; equal groups of at least 2 of num_experts, 8, are"),
         (LLADA2, {"n_group": 8, "topk_group": 4}, "n_group is 8, topk_group 4; equal groups of at least 2"),
         (LLADA2, {"n_group": 0}, "n_group is 0, topk_group 2"),

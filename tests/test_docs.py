@@ -23,6 +23,7 @@ from typing import Any
 
 import block_causal
 import dreams
+import fast_dllm
 import mixtures
 import pytest
 import torch
@@ -144,6 +145,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = LLaDA(LLaDAConfig.from_dict(block_causal.IDS | raw)).requires_grad_(False)
         dreams.randomise(made, 0)
         block_causal.write(stored(made), place / name, raw)
+    raw = fast_dllm.RAW | {"bd_size": 32}
+    fast = LLaDA(LLaDAConfig.from_dict(raw | {"mask_token_id": 59})).requires_grad_(False)
+    dreams.randomise(fast, 0)
+    fast_dllm.write(stored(fast), place / "Efficient-Large-Model" / "Fast_dLLM_v2_1.5B", raw)
     write(
         "questions.jsonl", {"prompt": "Copy: 0 Alan Wells, 1 Amy Fox"}, {"prompt": "Reverse: 0 Carol King, 1 Amy Fox"}
     )

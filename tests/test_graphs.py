@@ -32,9 +32,9 @@ def model(request: pytest.FixtureRequest) -> LLaDA:
     return ending_model(n_kv_heads=2, shifted=request.param)
 
 
-@pytest.fixture
-def block_causal() -> LLaDA:
-    return ending_model(n_kv_heads=2, block_size=8)
+@pytest.fixture(params=[{"block_size": 8}, {"block_size": 16, "shifted": True}], ids=str)
+def block_causal(request: pytest.FixtureRequest) -> LLaDA:
+    return ending_model(n_kv_heads=2, **request.param)
 
 
 class Fake:
