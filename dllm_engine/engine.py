@@ -17,6 +17,7 @@ from dllm_engine import checks, continuous, inputs, weights
 from dllm_engine.buffers import Buffers
 from dllm_engine.config import LLaDAConfig
 from dllm_engine.continuous import Scheduler
+from dllm_engine.forward import Forward
 from dllm_engine.kv_cache import KVCache
 from dllm_engine.loop import Loop
 from dllm_engine.model import LLaDA
@@ -82,6 +83,7 @@ class Engine:
             if self.cache.name != "none":
                 self._buffers.take("KV cache", KVCache.shape(loaded.config, max_batch, columns), loaded.dtype)
             DecodeState.rows(self._buffers, max_batch, columns)
+            Forward.take_kept(self._buffers, loaded, max_batch)
 
     @classmethod
     def kept(cls, model: LLaDA | nn.Module) -> Engine:

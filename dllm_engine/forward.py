@@ -96,12 +96,17 @@ class Forward:
         if cache != "none":
             shape = KVCache.shape(model.config, state.batch * self.ways, state.length)
             self.kv = KVCache(buffers.take("KV cache", shape, model.dtype))
-        kept = (state.batch + 1) * self.opens, self.ways, model.config.d_model
-        self.kept = buffers.take("kept", kept, model.dtype)
+        self.kept = self.take_kept(buffers, model, state.batch, self.ways)
         self.joined = model.joined_weights()
         self.slots = list(range(state.batch))  # the sequence whose keys are in each slot
         self.key: object = None
         self.call: Call
+
+    @staticmethod
+    def take_kept(buffers: Buffers, model: LLaDA, batch: int, ways: int = 1) -> Tensor:
+        """`kept`, of the engine's memory; empty where nothing has to be kept."""
+        rows = batch + 1 if model.config.block_size and model.config.shifted else 0
+        return buffers.take("kept", (rows, ways, model.config.d_model), model.dtype)
 
     def arrange(self, joining: list[int], *, refresh: bool) -> list[int]:
         """The sequences in the order in which a call takes them.
@@ -170,16 +175,16 @@ class Forward:
     ) -> Call:
         state, device, ways = self.state, self.state.tokens.device, self.ways
         padding, firsts = ([self.state.spans[b][i] for b in joining] for i in (0, 1))
-        blocks, longest = starts, max(ends)
+        begins, opening, longest = starts, self.opens and starts == ends, max(ends)
         if self.opens:
-            starts = [start - before for start in starts] if starts == ends else [self.home(start) for start in starts]
+            starts = [start - before if opening else self.home(start) for start in starts]
             rows = min(state.alignment, longest - min(starts))
         else:
             starts, rows = [start - self.shift - before for start in starts], width + self.shift + before
         low, first = min(padding), starts[0]  # no call looks at the padding that all have
         aligned = first == min(starts) == max(starts)
         whole = refresh or self.kv is None
-        where = torch.tensor([joining, starts, ends, padding, firsts, blocks], device=device)
+        where = torch.tensor([joining, starts, ends, padding, firsts, begins], device=device)
         sequences, start, end, pad, generated, begin = where[0], *where[1:, :, None].unbind(0)
 
         columns: slice | Tensor
@@ -193,15 +198,16 @@ class Forward:
         else:
             columns = start + torch.arange(rows if self.cache == "dual" else longest - min(starts), device=device)
             columns = torch.where(columns < longest, columns, state.length)  # ragged ends write to the spare column
-        kept, keeps = None, self.opens and (whole or blocks == ends)
-        if keeps:  # the rows before the model's block and the decode's; a sequence's first column has only its own
-            block = torch.cat((begin - (begin - state.prompt_length) % state.alignment,
-                               begin + torch.arange(width, device=device)), dim=1)
-            block = block - 1 + (block == pad) - (low if whole else start)
-            block = block.clamp_max(longest - low - 1)
-        elif self.opens:
-            block = (begin - start + torch.arange(width, device=device)).clamp_max(rows)
-            kept = self.kept[sequences].flatten(0, 1)[:, None]
+        kept, keeps = None, False
+        if self.opens:
+            at = begin + torch.arange(width, device=device)
+            if whole or opening:
+                if keeps := self.kv is not None:
+                    at = torch.cat((begin - (begin - state.prompt_length) % state.alignment, at), dim=1)
+                # what predicts a sequence's first column is its own row
+                block = (at - 1 + (at == pad) - (low if whole else start)).clamp_max(longest - low - 1)
+            else:
+                kept, block = self.kept[sequences].flatten(0, 1)[:, None], (at - start).clamp_max(rows)
         at = torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
         at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
         positions = (at - pad[: len(at)]).clamp_min(0)

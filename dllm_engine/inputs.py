@@ -153,7 +153,7 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
             f" (gen_length {gen_length} / block_length {block_length}) must divide it"
         )
     alignment, limit = alignment_of(model, block_length), model.config.max_sequence_length
-    if alignment % block_length and alignment > 1:
+    if model.config.block_size and alignment % block_length:
         raise ValueError(f"block_length: {block_length} given; it must divide the model's block size {alignment}")
     if longest_prompt + gen_length > limit - limit % alignment:
         whole = f", {limit - limit % alignment} of them in whole blocks" if limit % alignment else ""

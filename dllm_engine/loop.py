@@ -92,7 +92,7 @@ class Loop:
         if self.rule is not None and graphs.supported(self.forward, options):
             self.block_calls = graphs.BlockCalls(self.forward, self.rule, self.stopping_ids, self.scoring, buffers)
         self.passes, self.taken, self._waited = 0, [0] * state.batch, 0
-        self.opened = [-1] * state.batch  # where each sequence's last block was that had to be (`Forward`)
+        self.opened = [-1] * state.batch  # the block that each sequence opened last (`Forward`), by its start
         self.where: list[list[int]] = state.progress.tolist()  # host: where every sequence starts
 
     def admit(self, row: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:

@@ -52,12 +52,12 @@ class Recorder(Oracle):
         self._block_length, self._caution, self._steps = block_length, caution, list[dict[str, Tensor]]()
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        final = super().select(stats, state)
+        final, known = super().select(stats, state), state.positions < self._answer.shape[1]
         step = {
             "log_odds": stats.log_odds,
             "margin": stats.logit - stats.second_logit,
             "entropy": stats.entropy,
-            "undecided": state.undecided,
+            "undecided": state.undecided & known,  # of a last block that is cut, nobody knows what is final behind that
             "active": state.active,
             "stable": stats.token == state.predicted,
             "final": final,

@@ -134,12 +134,13 @@ def local(path: str | Path, argument: str = "path") -> Path | None:
     return None
 
 
-def digest(directory: Path) -> str:
-    """What tells a checkpoint from another one in its place, without reading all of it: of weights the first 64 KiB
-    (names and shapes) and a thousand samples, everything else whole.
+def digest(path: Path) -> str:
+    """What tells a checkpoint (or a file of one) from another one in its place, without reading all of it: of weights
+    the first 64 KiB (names and shapes) and a thousand samples, everything else whole.
     """
     made = hashlib.sha256()
-    for file in sorted({file for pattern in _FILES for file in directory.glob(pattern) if file.is_file()}):
+    found = {file for pattern in _FILES for file in path.glob(pattern) if file.is_file()} if path.is_dir() else {path}
+    for file in sorted(found):
         size = file.stat().st_size
         made.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +113,14 @@ def test_logits_are_those_of_qwen2_under_such_a_mask(tmp_path: Path, changes: di
 
 
 def test_a_loaded_module_is_shared(checkpoint: Path, model: LLaDA) -> None:
+    """The directory that it was loaded from tells which token is the mask."""
     other = fast_dllm.reference(seed=1)
-    settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")) | {"mask_token_id": 59}
-    other.config.to_dict = lambda: settings
-    settings = {"gen_length": 16, "policy": Threshold(0.25)}
-    shared = decode(LLaDA.from_transformers(other), PROMPTS, **settings)
-    assert torch.equal(shared.sequences, decode(model, PROMPTS, **settings).sequences)
+    other.config._name_or_path = str(checkpoint)
+    other.config.to_dict = lambda: dict(RAW)
+    shared = LLaDA.from_transformers(other)
+    assert (shared.mask_id, shared.wte.weight.data_ptr()) == (59, other.model.embed_tokens.weight.data_ptr())
+    settings: dict[str, Any] = {"gen_length": 16, "policy": Threshold(0.25)}
+    assert torch.equal(decode(shared, PROMPTS, **settings).sequences, decode(model, PROMPTS, **settings).sequences)
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -156,7 +157,8 @@ def test_every_token_and_pass_is_that_of_the_float64_code(
 def test_an_end_of_text_hides_what_is_behind_it(checkpoint: Path, written: Written, cache: str) -> None:
     model = LLaDA.from_pretrained(checkpoint, device="cpu")
     prompts, told = [[*prompt, 2, 31] for prompt in PROMPTS], set()
-    for end in sorted({token for prompt in prompts for token in written.decode(prompt, 32, 8, 0.25)} - {2})[:6]:
+    free = [written.decode(prompt, 32, 8, 0.25) for prompt in prompts]
+    for end in {row[-len(prompt) % 16] for row, prompt in zip(free, prompts, strict=True)} - {2}:
         model.end_ids = (2, end)
         out = decode(model, prompts, gen_length=32, policy=Threshold(0.25), cache=cache)
         for row, count, passes, prompt in zip(
@@ -242,13 +244,13 @@ def test_prompts_that_come_and_go(model: LLaDA, policy: Policy) -> None:
         for one in engine.generate_many(prompts, gen_length=24, policy=policy):
             assert one.sequence.tolist() == [*prompts[one.index], *expected.sequences[one.index, -24:].tolist()]
             assert one.passes == int(expected.sequence_passes[one.index])
-        assert engine.nbytes - memory < 5000, "the cache has room for whole blocks"
+        assert engine.nbytes < memory + 100, "what it was made for has room for whole blocks"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_length": 32}, "block_length: 32 given; it must divide the model's block size 16"),
+        ({"block_length": 32, "gen_length": 32}, "block_length: 32 given; it must divide the model's block size 16"),
         ({"block_length": 3}, "block_length: 3 given; it must divide gen_length 16"),
         ({"block_length": 6, "gen_length": 12}, "block_length: 6 given; it must divide the model's block size 16"),
         ({"cache": "dual/8"}, "cache: 'dual/8' given; a block-causal model's cache is never refreshed"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dllm_engine import LearnedFilter, policies, tasks
 from dllm_engine.built_in import DEMO_MODEL
@@ -61,6 +62,24 @@ def test_a_filters_file_is_the_same_from_everywhere(
         with pytest.raises(InterruptedError):
             decode_file("rows.jsonl", "out", policy=text)
     assert [settings["policy"] for settings in held] == [f"learn2pd={tmp_path}/net.safetensors@0.9"] * 2 + ["topk=4"]
+
+
+def test_another_filter_in_the_same_place_is_noticed(tmp_path: Path, held: list[dict[str, Any]]) -> None:
+    def look(policy: str) -> str | None:
+        with pytest.raises(InterruptedError):
+            decode_file("rows.jsonl", "out", policy=policy)
+        return held[-1].get("filter_files")
+
+    net = LearnedFilter()
+    net.save_pretrained(tmp_path / "filter.safetensors")
+    before = look(f"learn2pd={tmp_path}/filter.safetensors@0.9"), look(f"learn2pd={tmp_path}")
+    assert look(f"learn2pd={tmp_path}/filter.safetensors@0.8") == before[0]
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    net.save_pretrained(tmp_path / "filter.safetensors")
+    after = look(f"learn2pd={tmp_path}/filter.safetensors@0.9"), look(f"learn2pd={tmp_path}")
+    assert not {*before} & {*after}
+    assert look("learn2pd") is look("topk=4") is None
 
 
 def test_another_checkpoint_in_the_same_place_is_noticed(tmp_path: Path, held: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from dllm_engine import checks, weights
 from dllm_engine.integrations.ray import INDEX, absolute, checked, decode_dataset, import_ray
 from dllm_engine.integrations.shards import Shards
 from dllm_engine.options import DEFAULTS
+from dllm_engine.policy_text import PolicyText
 from dllm_engine.samples import COLUMNS
 
 
@@ -64,7 +65,7 @@ def decode_file(
     Raises:
         FileNotFoundError: no such file. ImportError, TypeError: as for `decode_dataset`.
         ValueError: also for a bad row of the file, and if ``output`` holds results of other settings, other rows or
-            another checkpoint (of a directory, by its files).
+            another checkpoint or filter (of a directory, by its files).
         RuntimeError: what failed in a worker: the model does not load, a row is too long.
     """
     ray = import_ray()
@@ -78,6 +79,8 @@ def decode_file(
     directory = None if model is None else weights.local(model)
     files = None if directory is None else weights.digest(directory)
     held = {"model": model, "model_files": files, "rows_per_task": rows_per_task, **dict.fromkeys(DEFAULTS), **how}
+    if isinstance(options.get("policy"), str) and (own := PolicyText.parse(options["policy"]).file) is not None:
+        held["filter_files"] = weights.digest(Path(own))
     if unwritable := [name for name, value in held.items() if not isinstance(value, str | int | float | None)]:
         raise TypeError(f"{unwritable[0]}: {held[unwritable[0]]!r} given; text is needed, a later run compares it")
     shards = Shards(prompts, output, rows_per_task=rows_per_task, seed=seed, settings=held)
