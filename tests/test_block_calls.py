@@ -41,7 +41,7 @@ def loaded(source: LLaDA, dtype: torch.dtype) -> LLaDA:
         ("", {}),
         ("", {"shifted": True}),
         ("", {"block_size": 8}),
-        ("", {"block_size": 16, "shifted": True}),
+        ("", {"block_size": 8, "shifted": True}),
         ("apart", {}),
         ("off", {}),
     ],
@@ -58,7 +58,7 @@ def test_the_kernels_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch, layer
         model = loaded(source, torch.float32)
     monkeypatch.setenv("DLLM_LAYER_KERNELS", "0" if layers == "off" else "1")
     want_kernels = Kernels.NONE if layers else Kernels.BETWEEN
-    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 8, "block_length": 4}
     seen: list[tuple[Any, Kernels]] = []
     hidden_states = LLaDA.hidden_states
 
@@ -127,7 +127,7 @@ def test_all_kernels_of_a_block_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mixture_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by the kernel, all experts at once, and no kernel that knows no norm of queries and keys."""
     model = loaded(random_model(num_attention_heads=2, num_key_value_heads=2), torch.float32)
-    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 16, "block_length": 8}
+    settings: dict[str, Any] = {"policy": Threshold(0.5), "gen_length": 8, "block_length": 4}
     with monkeypatch.context() as patch:
         patch.setattr(graphs, "supported", lambda forward, options: False)
         want = decode(model, PROMPTS[:2], backend="cpu", **settings)
