@@ -123,7 +123,7 @@ _SDAR_MOE = _SDAR._replace(
     mixture=True,
 )
 _FAST_DLLM = _Layout(
-    _FAST_DLLM_FIXED, _NAMES | {"block_size": "bd_size"}, {"bd_size": 32} | _DREAM.instead, _DREAM.always
+    _FAST_DLLM_FIXED, _NAMES | {"block_size": "bd_size"}, {"bd_size": 32, **_DREAM.instead}, _DREAM.always
 )
 _LAYOUTS = {"Dream": _DREAM, "llada2_moe": _LLADA2, "sdar": _SDAR, "sdar_moe": _SDAR_MOE, "Fast_dLLM_Qwen": _FAST_DLLM}
 

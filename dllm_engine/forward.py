@@ -215,7 +215,7 @@ class Forward:
         every, unseen = torch.arange(low, longest, device=device), None
         if low < max(padding) or min(ends) < longest:
             unseen = ((every < pad) | (every >= end))[:, None]
-        if self.causal and (whole or before and not self.opens):
+        if self.causal and (whole or (before and not self.opens)):
             behind = torch.maximum((at // state.alignment + 1) * state.alignment, pad + 1)  # padding sees a key
             later = every >= behind[..., None]
             unseen = later if unseen is None else later | unseen

@@ -153,7 +153,10 @@ def want_kernels(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLLM_LAYER_KERNELS", kernels)
 
 
-@pytest.mark.parametrize("kind", [{}, {"shifted": True}, {"block_size": 4}, {"shifted": True, "block_size": 8}], ids=str)
+KINDS: list[dict[str, Any]] = [{}, {"shifted": True}, {"block_size": 4}, {"shifted": True, "block_size": 8}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("kernels", ["1", "2", "3"])
 def test_layer_kernels_give_the_same_tokens(
     kernels: str, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,18 +249,29 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "kernel", ["row_stats", "decode_step", "block_attention", "layer_kernels", "products", "fused_layer", "block_calls"]
-)
-def test_interpreted_triton(kernel: str) -> None:
+INTERPRETED: dict[str, list[str]] = {
+    f"test_{name}.py": []
+    for name in (
+        "block_calls", "row_stats", "decode_step", "block_attention", "layer_kernels", "fused_layer", "products"
+    )
+} | {"test_benchmarks.py": ["-k", "kernels"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interpretations(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """Those that were asked for, two at a time: each keeps a core busy for a minute or more."""
+    pytest.importorskip("triton")
+    items: list[Any] = request.session.items
+    asked = [i.callspec.params["file"] for i in items if "interpretations" in getattr(i, "fixturenames", ())]
+    with ThreadPoolExecutor(2) as pool:
+        yield {file: pool.submit(interpreted, f"tests/{file}", *INTERPRETED[file]) for file in asked}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_interpreted_triton(file: str, interpretations: dict[str, Future[None]]) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
-    pytest.importorskip("triton")
-    interpreted(f"tests/test_{kernel}.py")
-
-
-def test_interpreted_benchmarks() -> None:
-    pytest.importorskip("triton")
-    interpreted("tests/test_benchmarks.py", "-k", "kernels")
+    interpretations[file].result()
 
 
 @pytest.mark.slow
