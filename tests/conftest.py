@@ -8,6 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Small tensors gain nothing by a second thread, and lose much where it waits for a core that something else has. Before
+# torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from cases import PTX, all_isas, backend_params

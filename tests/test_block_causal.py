@@ -20,6 +20,7 @@ from dllm_engine.policies import AdaBlock, Factor, FreeDave, Learn2PD, Oracle, P
 from dllm_engine.policies import TokenEditing as Editing
 from dllm_engine.state import BlockState, DecodeState
 from dllm_engine.stats import RowStats
+from dllm_engine.traces import Recorder
 
 # their lengths end before, in, at the end of and behind blocks of 4 and of 8 columns
 PROMPTS = [[7, 3, 22, 41, 18, 30], [12], [5, 5, 44, 17], [9, 8, 7, 6, 5, 14, 13, 12, 44, 11, 10], [33] * 8]
@@ -193,6 +194,12 @@ def test_an_oracle_knows_the_answer_alone(model: LLaDA) -> None:
     assert torch.equal(out.sequences[:, -16:], answer)
     block, stats = begun(policy := Oracle(torch.arange(8)[None]), 1)
     assert policy.tokens(stats, block).tolist() == [[5, 6, 7, 6, 6, 6, 6, 6]]
+
+
+def test_traces_have_nothing_to_say_of_what_is_behind_an_answer() -> None:
+    block, stats = begun(recorder := Recorder(torch.arange(8)[None], 8, 0.0), 1)
+    recorder.select(stats, replace(block, undecided=torch.ones_like(block.undecided)))
+    assert recorder.steps()["undecided"].tolist() == [[True] * 3 + [False] * 5]
 
 
 @pytest.fixture

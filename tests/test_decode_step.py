@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +78,15 @@ def rules_for(width: int, device: str) -> dict[str, Rule]:
     rules = {name: as_rule(policy, width, torch.device(device)) for name, policy in policies.items()}
     assert all(rule is not None for rule in rules.values())
     return rules  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_threads() -> Iterator[None]:
+    """Which the C++ backend then has, and other tests have not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["topk", "threshold", "factor", "learn2pd-model", "learn2pd-one", "learn2pd-position"])
