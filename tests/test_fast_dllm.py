@@ -12,6 +12,8 @@ from fast_dllm import RAW, SPECIAL, Written
 from torch import Tensor
 
 from dllm_engine import Engine, LLaDA, LLaDAConfig, decode
+from dllm_engine.buffers import Buffers
+from dllm_engine.forward import Forward
 from dllm_engine.likelihood import log_likelihood
 from dllm_engine.policies import FreeDave, Policy, Threshold
 from dllm_engine.state import BlockState, DecodeState
@@ -194,6 +196,23 @@ def test_each_model_call(model: LLaDA, monkeypatch: pytest.MonkeyPatch) -> None:
     decode(model, [[3] * 16], cache="none", **settings)
     assert made == [16, 32, 32, 32, 32, 32, 48, 48, 48][: len(made)]
     assert len(made) == 8
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_texts_that_end_within_different_parts_of_a_block(model: LLaDA, cache: str) -> None:
+    """Rows that the longest part of a block has and the shortest text has not."""
+    prompts = torch.tensor([[5] * 24, [7] * 24])
+    state = DecodeState(
+        prompts, torch.zeros(2, dtype=torch.int64), gen_length=16, block_length=8, steps=None, seeds=[0, 0],
+        mask_id=59, fill_id=2, alignment=16,
+    )  # fmt: skip
+    forward = Forward(model, state, Buffers(torch.device("cpu")), cache=cache, cfg_scale=0.0, reach=8)
+    with torch.inference_mode():
+        forward([0, 1], [24, 24], [32, 32], refresh=True, width=8)
+        _, both = forward([0, 1], [24, 16], [26, 24], refresh=False, width=8)
+        for row, start, end, count in ((0, 24, 26, 2), (1, 16, 24, 8)):
+            _, alone = forward([0, 1], [start] * 2, [end] * 2, refresh=False, width=count)
+            assert torch.allclose(both[row, :count], alone[row], atol=1e-5)
 
 
 class Watches(Threshold):
