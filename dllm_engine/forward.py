@@ -24,7 +24,7 @@ class Call(NamedTuple):
         rope: cos and sin. key_mask: additive [rows, 1, S or 1, K], or None if all keys are seen.
         caches: one a layer. block: rows among those computed that predict the block: a slice, or int64 [B', width, 1].
         kept: see `Forward`; row 0, before those computed, [B', 1, D], or None if none is put there.
-        keeps: whether the first row of ``block`` is to be kept, and is none of the block's.
+        keeps: whether the first row of ``block`` is to be kept.
     """
 
     sequences: Tensor
@@ -80,7 +80,7 @@ class Forward:
 
     Attributes:
         kept: [B + 1, ways, D], the hidden state that predicts the first column of the model's block where each
-            sequence is, and a row for the idle one.
+            sequence is, unless a prompt fills the first part of that, and a row for the idle one.
     """
 
     def __init__(
@@ -156,7 +156,6 @@ class Forward:
         hidden = call.block_rows(hidden)
         if call.keeps:
             self.kept[call.sequences] = hidden[:, 0].unflatten(0, (-1, self.ways))
-            hidden = hidden[:, 1:]
         if call.prompt is not None:
             hidden = guided(hidden.unflatten(0, (-1, 2)).unbind(1), self.cfg_scale)
         return call.sequences, hidden
@@ -198,16 +197,13 @@ class Forward:
         else:
             columns = start + torch.arange(rows if self.cache == "dual" else longest - min(starts), device=device)
             columns = torch.where(columns < longest, columns, state.length)  # ragged ends write to the spare column
-        kept, keeps = None, False
-        if self.opens:
+        kept, keeps = None, self.opens and self.kv is not None and (whole or opening)
+        if self.opens and (whole or opening):  # what predicts a sequence's first column is its own row
             at = begin + torch.arange(width, device=device)
-            if whole or opening:
-                if keeps := self.kv is not None:
-                    at = torch.cat((begin - (begin - state.prompt_length) % state.alignment, at), dim=1)
-                # what predicts a sequence's first column is its own row
-                block = (at - 1 + (at == pad) - (low if whole else start)).clamp_max(longest - low - 1)
-            else:
-                kept, block = self.kept[sequences].flatten(0, 1)[:, None], (at - start).clamp_max(rows)
+            block = (at - 1 + (at == pad) - (low if whole else start)).clamp_max(longest - low - 1)
+        elif self.opens:
+            block = (begin - start + torch.arange(width, device=device)).clamp_max(rows)
+            kept = self.kept[sequences].flatten(0, 1)[:, None]
         at = torch.arange(columns.start, columns.stop, device=device) if isinstance(columns, slice) else columns
         at = at.clamp_max(state.length - 1).expand(1 if low == max(padding) and at.ndim == 1 else len(joining), -1)
         positions = (at - pad[: len(at)]).clamp_min(0)

@@ -242,6 +242,17 @@ def test_a_rule_sees_opened_blocks_as_new_and_what_their_first_column_was_decide
             assert token == tokens[column]
 
 
+def test_a_rule_sees_the_same_with_and_without_a_cache(model: LLaDA) -> None:
+    """The block's first column, too, where it is the prompt's: the last row of the block before predicts it."""
+    found = []
+    for cache in ("none", "dual"):
+        decode(model, [[9] * 16], policy=(policy := Watches(0.25)), gen_length=16, cache=cache)  # leaves its own row
+        decode(model, [[4, 19] * 10], policy=policy, gen_length=16, end_of_text="off", cache=cache)
+        found.append(policy.seen)
+    assert found[0] == found[1]
+    assert {column for column, *_ in found[0]} == {16, 24, 32}
+
+
 def test_guidance_and_temperature_go_with_it(model: LLaDA) -> None:
     for extra in ({"cfg_scale": 0.6}, {"temperature": 0.8}):
         settings: dict[str, Any] = {"gen_length": 24, "policy": Threshold(0.3)} | extra
