@@ -109,8 +109,9 @@ def fast_dllm_generate(
     """
     if cache not in CACHES:
         raise ValueError(f"cache: {cache!r} given; known: {', '.join(CACHES)}")
-    if model.config.shifted:
-        raise ValueError("model: its rows predict the column behind theirs; this is the loop for LLaDA")
+    if model.config.shifted or model.config.block_size:
+        how = "predict the column behind theirs" if model.config.shifted else "see no farther than their block"
+        raise ValueError(f"model: its rows {how}; this is the loop for LLaDA")
     x = _canvas(model, prompt, gen_length)
     length = x.shape[1]
     rope = model.rope_tables(torch.arange(length, device=x.device)[None])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from dllm_engine import LLaDA
 
@@ -53,4 +54,12 @@ def test_unknown_cache(baselines: ModuleType, golden_model: LLaDA) -> None:
     with pytest.raises(ValueError, match="cache: 'both' given; known: none, prefix, dual"):
         baselines.fast_dllm_generate(
             golden_model, torch.tensor([[3]]), steps=8, gen_length=8, block_length=8, cache="both"
+        )
+
+
+@pytest.mark.parametrize(("kind", "how"), [({"shifted": True}, "predict the col"), ({"block_size": 4}, "see no far")])
+def test_models_that_the_loop_does_not_fit(baselines: ModuleType, kind: dict[str, Any], how: str) -> None:
+    with pytest.raises(ValueError, match=f"model: its rows {how}"):
+        baselines.fast_dllm_generate(
+            tiny_model(**kind), torch.tensor([[3]]), steps=8, gen_length=8, block_length=4, cache="dual"
         )
