@@ -211,11 +211,18 @@ class LLaDAConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def block_length(self) -> int:
-        """What a block-causal model is decoded with where nothing is said: its own blocks, or as the code of
-        Fast-dLLM v2 (arXiv 2509.26328) has it, a part of them.
+    def opens_blocks(self) -> bool:
+        """Whether it is block-causal with rows that predict the column behind theirs (Fast-dLLM v2, arXiv 2509.26328):
+        the row before a block then decides its first column, and blocks are decoded in parts.
         """
-        return math.gcd(self.block_size, 8) if self.shifted else self.block_size
+        return self.block_size > 0 and self.shifted
+
+    @property
+    def block_length(self) -> int:
+        """What a block-causal model is decoded with where nothing is said: its own blocks, or parts of them, as long as
+        the code of Fast-dLLM v2 has them.
+        """
+        return math.gcd(self.block_size, 8) if self.opens_blocks else self.block_size
 
     @property
     def fill_id(self) -> int:

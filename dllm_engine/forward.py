@@ -89,7 +89,7 @@ class Forward:
         """``reach``: rows from a block's start that the rule may commit."""
         self.model, self.state, self.cache, self.cfg_scale, self.reach = model, state, cache, cfg_scale, reach
         self.causal = model.config.block_size > 0
-        self.opens = self.causal and model.config.shifted
+        self.opens = model.config.opens_blocks
         self.shift = int(model.config.shifted and not self.opens)
         self.ways = 2 if cfg_scale > 0 else 1
         self.kv = None
@@ -105,7 +105,7 @@ class Forward:
     @staticmethod
     def take_kept(buffers: Buffers, model: LLaDA, batch: int, ways: int = 1) -> Tensor:
         """`kept`, of the engine's memory; empty where nothing has to be kept."""
-        rows = batch + 1 if model.config.block_size and model.config.shifted else 0
+        rows = batch + 1 if model.config.opens_blocks else 0
         return buffers.take("kept", (rows, ways, model.config.d_model), model.dtype)
 
     def arrange(self, joining: list[int], *, refresh: bool) -> list[int]:
@@ -125,10 +125,6 @@ class Forward:
             slots[gap], slots[source] = slots[source], slots[gap]
             self.key = None  # a call that was planned before writes into the slots of then
         return slots[:count]
-
-    def home(self, column: int) -> int:
-        """Where the model's block that a column is in begins."""
-        return column - (column - self.state.prompt_length) % self.state.alignment
 
     def __call__(
         self, joining: list[int], starts: list[int], ends: list[int], *, refresh: bool, width: int, before: int = 0
@@ -176,7 +172,7 @@ class Forward:
         padding, firsts = ([self.state.spans[b][i] for b in joining] for i in (0, 1))
         begins, opening, longest = starts, self.opens and starts == ends, max(ends)
         if self.opens:
-            starts = [start - before if opening else self.home(start) for start in starts]
+            starts = [start - before if opening else state.home(start) for start in starts]
             rows = min(state.alignment, longest - min(starts))
         else:
             starts, rows = [start - self.shift - before for start in starts], width + self.shift + before

@@ -158,9 +158,8 @@ class BlockCalls:
         start, end = state.block_start[sequences, None], state.active_end[sequences, None]
         first = start
         if self.forward.causal:
-            size = self.forward.state.alignment
-            first = start - (start - state.prompt_length) % size
-            end = torch.minimum(end, first + size)
+            first = self.forward.state.home(start)
+            end = torch.minimum(end, first + self.forward.state.alignment)
         columns = first + self.offsets
         padding = state.padding[sequences, None]
         rope = model.rope_tables((columns - padding).clamp_min(0))

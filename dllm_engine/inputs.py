@@ -164,9 +164,7 @@ def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_l
 
 
 def alignment_of(model: LLaDA, block_length: int) -> int:
-    """Columns of a block of attention, as `DecodeState` has them. Where rows predict the column behind theirs, the
-    model's blocks are decoded in shorter ones (Fast-dLLM v2, arXiv 2509.26328); else they are as long as those.
-    """
+    """Columns of a block of attention, as `DecodeState` has them: as long as those decoded, unless these are parts."""
     if not model.config.block_size:
         return 1
-    return model.config.block_size if model.config.shifted else block_length
+    return model.config.block_size if model.config.opens_blocks else block_length

@@ -126,19 +126,19 @@ class Loop:
             later, opening = min(kinds.values())
             due = [b for b in due if kinds[b] == (later, opening)]
             before = self.state.alignment if later and self.forward.kv is not None else 0
-        ahead = self._ahead(unfinished)
+        refresh, ahead = bool(due) and not before, self._ahead(unfinished)
         # rows right of a block are computed only for those that begin one: cached, they would change what others see
         apart = ahead if self.refresh is not None or self.policy.drafts > 1 else []
-        joining = self.forward.arrange(due or apart or unfinished, refresh=bool(due) and not before)
+        joining = self.forward.arrange(due or apart or unfinished, refresh=refresh)
         ahead = [b for b in joining if b in ahead]
         if self.block_calls is not None and not due and not ahead:
             self.block_calls(joining)
         elif self.policy.drafts > 1 and not due and not ahead and any(where[b][2] > 0 for b in joining):
             self._verify(joining)
         elif opening:
-            self._open(joining, refresh=not before, before=before)
+            self._open(joining, refresh=refresh, before=before)
         else:
-            self._call(joining, ahead, refresh=bool(due) and not before, before=before)
+            self._call(joining, ahead, refresh=refresh, before=before)
 
         self.passes += 1
         for b in joining:
@@ -208,7 +208,7 @@ class Loop:
     def _opens(self, b: int) -> bool:
         """Whether a sequence's next call opens its block."""
         start = self.where[b][0]
-        begins = self.forward.opens and start == self.forward.home(start)
+        begins = self.forward.opens and start == self.state.home(start)
         return begins and self.opened[b] != start and start >= self.state.spans[b].first
 
     def _verify(self, joining: list[int]) -> None:
@@ -223,7 +223,7 @@ class Loop:
         """Block starts and ends of text of the sequences, and the rows that the longest of their blocks has."""
         starts, ends = [self.where[b][0] for b in joining], [self.where[b][1] for b in joining]
         if self.forward.causal:
-            size, home = self.state.alignment, self.forward.home
+            size, home = self.state.alignment, self.state.home
             ends = [min(end, home(start) + size) for start, end in zip(starts, ends, strict=True)]
         return starts, ends, min(self.reach, max(end - start for start, end in zip(starts, ends, strict=True)))
 

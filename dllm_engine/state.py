@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dllm_engine.buffers import Buffers
+
+T = TypeVar("T", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,10 @@ class DecodeState:
         """The row of ``progress`` of a sequence before its first call."""
         _, first, _, end, whole = self.spans[sequence]
         return [first - (first - self.prompt_length) % self.block_length, whole, 0, self.length, 0, end - first]
+
+    def home(self, column: T) -> T:
+        """Where the model's block that a column is in begins."""
+        return column - (column - self.prompt_length) % self.alignment
 
     def admit(self, sequence: int, prompt: Sequence[int], seed: int, gen_length: int) -> None:
         """A new prompt takes a finished sequence's place; columns behind ``gen_length`` are not its own."""

@@ -102,17 +102,10 @@ def published(model: Any, raw: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def write(tensors: Mapping[str, Tensor], directory: Path, raw: dict[str, Any]) -> Path:
-    from tokenizers import AddedToken, Tokenizer  # which `make gpu` does without
-    from tokenizers.models import WordLevel
-
     directory.mkdir(parents=True)
     save_file(dict(tensors), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    special = named(raw)
-    words = {f"w{i}": i for i in range(SIZE) if i not in special.values()}
-    made = Tokenizer(WordLevel(words | special, unk_token="w0"))
-    made.add_special_tokens([AddedToken(name, special=True) for name in special])
-    made.save(str(directory / "tokenizer.json"))
+    mixtures.save_tokenizer(directory, named(raw))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory

@@ -9,6 +9,7 @@ from typing import Any
 
 import block_causal
 import dreams
+import mixtures
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -39,16 +40,10 @@ def logits_of(model: Any, ids: Tensor, block_size: int) -> Tensor:
 
 
 def write(tensors: Mapping[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
-    from tokenizers import AddedToken, Tokenizer  # which `make gpu` does without
-    from tokenizers.models import WordLevel
-
     directory.mkdir(parents=True)
     tied = {"lm_head.weight"} if raw["tie_word_embeddings"] else set()
     save_file({name: t.clone() for name, t in tensors.items() if name not in tied}, directory / "model.safetensors")
-    words = {f"w{i}": i for i in range(SIZE) if i not in SPECIAL.values()}
-    made = Tokenizer(WordLevel(words | SPECIAL, unk_token="w0"))
-    made.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
-    made.save(str(directory / "tokenizer.json"))
+    mixtures.save_tokenizer(directory, SPECIAL)
     for name, content in {
         "config.json": raw,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": [2, 1], "pad_token_id": 1},

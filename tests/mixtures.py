@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,22 @@ def expert_by_expert(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def save(tensors: dict[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
+def save_tokenizer(directory: Path, special: Mapping[str, int]) -> None:
+    """61 tokens, words but for the special ones."""
     from tokenizers import AddedToken, Tokenizer  # which `make gpu` does without
     from tokenizers.models import WordLevel
 
+    words = {f"w{i}": i for i in range(61) if i not in special.values()}
+    made = Tokenizer(WordLevel({**words, **special}, unk_token="w0"))
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    made.save(str(directory / "tokenizer.json"))
+
+
+def save(tensors: dict[str, Tensor], directory: Path, raw: dict[str, Any] = RAW) -> Path:
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-    made = Tokenizer(WordLevel({f"w{i}": i for i in range(61) if i not in (1, 2, MASK)} | NAMED, unk_token="w0"))
-    made.add_special_tokens([AddedToken(name, special=True) for name in NAMED])
-    made.save(str(directory / "tokenizer.json"))
+    save_tokenizer(directory, NAMED)
     return directory
 
 

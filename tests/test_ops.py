@@ -249,7 +249,7 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-INTERPRETED: dict[str, list[str]] = {
+BY_INTERPRETER: dict[str, list[str]] = {
     f"test_{name}.py": []
     for name in (
         "block_calls", "row_stats", "decode_step", "block_attention", "layer_kernels", "fused_layer", "products"
@@ -264,11 +264,11 @@ def interpretations(request: pytest.FixtureRequest) -> Iterator[dict[str, Future
     items: list[Any] = request.session.items
     asked = [i.callspec.params["file"] for i in items if "interpretations" in getattr(i, "fixturenames", ())]
     with ThreadPoolExecutor(2) as pool:
-        yield {file: pool.submit(interpreted, f"tests/{file}", *INTERPRETED[file]) for file in asked}
+        yield {file: pool.submit(interpreted, f"tests/{file}", *BY_INTERPRETER[file]) for file in asked}
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("file", INTERPRETED)
+@pytest.mark.parametrize("file", BY_INTERPRETER)
 def test_interpreted_triton(file: str, interpretations: dict[str, Future[None]]) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
     interpretations[file].result()
