@@ -54,7 +54,7 @@ def run(body: str, given: np.ndarray[Any, Any], kind: str = "u4", head: str = HE
     out, words = np.zeros(64, "u4"), np.ascontiguousarray(given).view("u4")
     (kernel,) = parse(head + body + TAIL).values()
     memory = Global(a.view(np.uint8) for a in (out, words))
-    Machine(kernel, memory, (1,)).run([(a.ctypes.data, np.uint64) for a in (out, words)])
+    Machine(kernel).run(memory, (1,), [(a.ctypes.data, np.uint64) for a in (out, words)])
     return out.view(kind)
 
 

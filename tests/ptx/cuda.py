@@ -62,6 +62,7 @@ class Module:
 
     def __init__(self, kernels: dict[str, Kernel]) -> None:
         self.kernels = kernels
+        self.machines: dict[str, Machine] = {}
         self.launches = 0
 
     @staticmethod
@@ -106,12 +107,14 @@ class Module:
         rows, tiles, segments, tickets, states = self.division(stats.vocab, stats.count)
         ranks = scratch[1] + states * stats.count * STATE_BYTES
         call = Call(stats, step, hidden_rows, tiles, segments, tickets, scratch[0], scratch[1], ranks)
-        (kernel,) = (k for n, k in self.kernels.items() if re.search(rf"TypeE{stats.head.type}ELi{rows}E", n))
-        depth = 64 if rows == 32 else 32
-        shared = STAGES * (rows + IDS) * depth * 2 + rows * (IDS + 4) * 4
-        machine = Machine(kernel, memory_of(bytes(call)), (min(tiles * segments, 2 * PROCESSORS),), shared=shared)
-        blocks = machine.grid[0]
-        machine.run([(bytes(call), bytes)], order=torch.randperm(blocks).tolist())  # a GPU promises none
+        (name,) = (n for n in self.kernels if re.search(rf"TypeE{stats.head.type}ELi{rows}E", n))
+        if name not in self.machines:
+            depth = 64 if rows == 32 else 32
+            shared = STAGES * (rows + IDS) * depth * 2 + rows * (IDS + 4) * 4
+            self.machines[name] = Machine(self.kernels[name], shared)
+        blocks = min(tiles * segments, 2 * PROCESSORS)
+        order = torch.randperm(blocks).tolist()  # a GPU promises none
+        self.machines[name].run(memory_of(bytes(call)), (blocks,), [(bytes(call), bytes)], order)
         self.launches += 1
 
 

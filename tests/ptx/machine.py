@@ -8,8 +8,10 @@ instructions that the kernels here are made of and raises on any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,35 +21,63 @@ from ptx.text import Instruction, Kernel, Operand
 from ptx.units import AsyncProducts, units
 from ptx.warp import WARP
 
+SPECIAL = dict.fromkeys(("%laneid", "%warpid", "%ntid.x"), 32)
+SPECIAL |= {f"%{name}.{d}": 32 for name in ("tid", "ctaid", "nctaid") for d in "xyz"}
+KINDS = {"bra": "branch", "ret": "end", "exit": "end", "bar": "barrier", "barrier": "barrier"}
 Run = Callable[[Array], None]
+Read = Callable[[], Array]
+Write = Callable[[Array, Array], None]
 UINT = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
+class Step(NamedTuple):
+    """An instruction made ready. acts: touches memory or ends, which is too early before `griddepcontrol.wait`."""
+
+    instruction: Instruction
+    kind: str  # "branch", "end", "barrier" or ""
+    acts: bool
+    run: Run
+
+
+def _acts(i: Instruction) -> bool:
+    return KINDS.get(i.parts[0]) == "end" or ("global" in i.parts and i.parts[0] != "prefetch")
+
+
 class Machine:
-    """One launch.
+    """A kernel made ready to be launched.
 
     Attributes:
-        mask: threads that take part in the instruction that runs. counts: instructions issued by name.
+        mask: threads that take part in the instruction that runs. whole: whether these are all threads. issued: how
+        many instructions the last launch was.
     """
 
-    def __init__(self, kernel: Kernel, memory: Global, grid: Sequence[int], shared: int = 0) -> None:
+    def __init__(self, kernel: Kernel, shared: int = 0) -> None:
         """shared: bytes of shared memory beside the kernel's own."""
-        self.kernel, self.memory, self.threads = kernel, memory, kernel.threads
-        self.grid = (*grid, 1, 1)[:3]
+        self.kernel, self.threads = kernel, kernel.threads
         self.shared_bytes = kernel.static_bytes + shared
         self.numbers = np.arange(self.threads)
         self.warps, self.lanes = (self.numbers // WARP).astype(np.int32), self.numbers % WARP
         self.all = np.ones(self.threads, bool)
-        self.counts: dict[str, int] = {}
+        self.registers: dict[str, Array] = {
+            name: np.empty(self.threads, UINT[bits]) for name, bits in (kernel.registers | SPECIAL).items()
+        }
+        self.unset = [(r, False if r.dtype == np.bool_ else np.iinfo(r.dtype).max) for r in self.registers.values()]
         self.units = units()
         products = self.units["wgmma"]
         assert isinstance(products, AsyncProducts)
-        self.products = products
-        self.program = [self._compile(i) for i in kernel.code]
+        self.products = products if any(i.parts[0] == "wgmma" for i in kernel.code) else None
+        self._readers: dict[tuple[Operand, str], Read] = {}
+        self._writers: dict[Operand, Write] = {}
+        self._places: dict[Operand, tuple[Read, int]] = {}
+        self.program = [Step(i, KINDS.get(i.parts[0], ""), _acts(i), self._compile(i)) for i in kernel.code]
         self.dependent = any(i.parts[:2] == ("griddepcontrol", "wait") for i in kernel.code)
 
-    def run(self, arguments: Sequence[tuple[Any, Any]], order: Sequence[int] | None = None) -> None:
-        """arguments: (value, numpy dtype) each, or bytes of a structure. order: in which blocks run."""
+    def run(
+        self, memory: Global, grid: Sequence[int], arguments: Sequence[tuple[Any, Any]],
+        order: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """A launch. arguments: (value, numpy dtype) each, or bytes of a structure. order: in which blocks run."""
+        self.memory, self.grid, self.issued = memory, (*grid, 1, 1)[:3], 0
         self.parameters = np.zeros(self.kernel.parameter_bytes, np.uint8)
         for (at, size), (value, dtype) in zip(self.kernel.parameters.values(), arguments, strict=True):
             raw = np.frombuffer(value, np.uint8) if dtype is bytes else np.array([value], dtype).view(np.uint8)
@@ -62,18 +92,14 @@ class Machine:
         x, y, _ = self.grid
         self.shared = Memory(np.full(self.shared_bytes, POISON, np.uint8), 0)
         self.memory.barrier()
-        self.registers: dict[str, Array] = {
-            name: np.full(self.threads, (1 << bits) - 1 if bits > 1 else False, UINT[bits])
-            for name, bits in self.kernel.registers.items()
-        }
+        for register, value in self.unset:
+            register.fill(value)
         index = (block % x, block // x % y, block // (x * y))
         special = {"%tid.x": self.numbers, "%laneid": self.lanes, "%ntid.x": self.threads, "%warpid": self.warps}
         special |= {f"%ctaid.{d}": i for d, i in zip("xyz", index, strict=True)}
         special |= {f"%nctaid.{d}": i for d, i in zip("xyz", self.grid, strict=True)}
-        for name in ("%tid.y", "%tid.z"):
-            special[name] = 0
-        for name, value in special.items():
-            self.registers[name] = np.broadcast_to(np.asarray(value, np.uint32), self.threads).copy()
+        for name in SPECIAL:  # 0: %tid.y and z
+            self.registers[name][:] = special.get(name, 0)
         for unit in self.units.values():
             unit.reset(self)
         self._threads()
@@ -81,11 +107,11 @@ class Machine:
     # -- control flow: groups of threads at the same instruction, the one that is furthest behind runs ---------------
 
     def _threads(self) -> None:
-        code, labels, n = self.kernel.code, self.kernel.labels, len(self.kernel.code)
+        program, labels, n = self.program, self.kernel.labels, len(self.program)
         groups: dict[int, Array] = {0: self.all.copy()}
         waiting: dict[int, Array] = {}
         alive = self.all.copy()
-        self.early = self.all.copy() if self.dependent else ~self.all
+        self.early = self.all.copy() if self.dependent else None
 
         def join(at: int, mask: Array) -> None:
             groups[at] = groups[at] | mask if at in groups else mask
@@ -98,41 +124,44 @@ class Machine:
                 if len(waiting) != 1 or not np.array_equal(here, alive):
                     raise Fault(f"threads wait at {len(waiting)} barriers, {here.sum()} of {alive.sum()}")
                 groups, waiting = waiting, {}
-                self.shared.epoch += 1
+                self.shared.barrier()
                 self.memory.barrier()
             at = min(groups)
             mask = groups.pop(at)
             stop = min(groups, default=n)
+            whole = bool(mask.all())
             while True:
-                instruction = code[at]
-                self.mask = mask if not instruction.guard else mask & self.predicate(instruction.guard)
-                name = instruction.parts[0]
-                if name == "bra":
-                    target = labels[str(instruction.operands[0])]
+                instruction, kind, acts, run = program[at]
+                if instruction.guard:
+                    self.mask = mask & self.predicate(instruction.guard)
+                    some = bool(self.mask.any())
+                    self.whole = some and bool(self.mask.all())
+                else:
+                    self.mask, self.whole, some = mask, whole, True
+                if kind == "branch":
                     stay = mask & ~self.mask
-                    if self.mask.any():
-                        join(target, self.mask)
+                    if some:
+                        join(labels[str(instruction.operands[0])], self.mask)
                     if stay.any():
                         join(at + 1, stay)
                     break
-                acts = name in ("ret", "exit") or ("global" in instruction.parts and name != "prefetch")
-                if acts and (self.early & self.mask).any():
+                if acts and self.early is not None and (self.early & self.mask).any():
                     raise Fault(f"before the kernel ahead has ended: {instruction.text}")
-                if name in ("ret", "exit"):
+                if kind == "end":
                     alive &= ~self.mask
                     if (mask & ~self.mask).any():
                         join(at + 1, mask & ~self.mask)
                     break
-                if name in ("bar", "barrier") and instruction.parts[1] != "warp":
+                if kind == "barrier" and instruction.parts[1] != "warp":
                     if not np.array_equal(self.mask, mask):
                         raise Fault(f"a barrier under a guard: {instruction.text}")
                     self.arrive(instruction, mask, alive)
                     waiting[at + 1] = waiting[at + 1] | mask if at + 1 in waiting else mask
                     break
-                if self.mask.any():
-                    self.counts[name] = self.counts.get(name, 0) + 1
+                if some:
+                    self.issued += 1
                     try:
-                        self.program[at](self.mask)
+                        run(self.mask)
                     except Exception as error:
                         raise type(error)(f"{instruction.text}: {error}") from error
                 at += 1
@@ -158,15 +187,33 @@ class Machine:
     # -- operands ----------------------------------------------------------------------------------------------------
 
     def read(self, operand: Operand, kind: str) -> Array:
-        """All threads' values of an operand as ``kind`` (s32, f32, b64, ...)."""
+        """All threads' values of an operand as ``kind`` (s32, f32, b64, ...); not to be kept, registers change."""
+        return self.reader(operand, kind)()
+
+    def reader(self, operand: Operand, kind: str) -> Read:
+        """`read`, made ready."""
+        if (operand, kind) not in self._readers:
+            self._readers[operand, kind] = self._reader(operand, kind)
+        return self._readers[operand, kind]
+
+    def _reader(self, operand: Operand, kind: str) -> Read:
         assert isinstance(operand, str)
         dtype = TYPES[kind]
         if operand.startswith("%"):
-            register = self.registers[operand]
-            self.products.check_read(operand)
-            if register.dtype == np.bool_:
-                return register
-            return register.view(dtype) if register.itemsize == dtype.itemsize else register.astype(dtype)
+            register, products = self.registers[operand], self.products
+            same = register.dtype == np.bool_ or register.itemsize == dtype.itemsize
+            seen = register if register.dtype == np.bool_ else register.view(dtype) if same else register
+
+            def of_register() -> Array:
+                if products is not None:
+                    products.check_read(operand)
+                return seen if same else seen.astype(dtype)
+
+            return of_register
+        value = self._constant(operand, kind, dtype)
+        return lambda: value
+
+    def _constant(self, operand: str, kind: str, dtype: np.dtype[Any]) -> Array:
         if operand in self.kernel.shared:
             return np.full(self.threads, self.kernel.shared[operand], dtype)
         if operand in self.kernel.parameters:  # their addresses begin at 0
@@ -182,35 +229,46 @@ class Machine:
         return np.full(self.threads, number & ((1 << 8 * dtype.itemsize) - 1), UINT[8 * dtype.itemsize]).view(dtype)
 
     def write(self, operand: Operand, value: Array, mask: Array | None = None) -> None:
+        """To all threads in ``mask``, or that take part."""
+        self.writer(operand)(value, self.mask if mask is None else mask)
+
+    def writer(self, operand: Operand) -> Write:
+        """`write`, made ready."""
+        if operand not in self._writers:
+            self._writers[operand] = self._writer(operand)
+        return self._writers[operand]
+
+    def _writer(self, operand: Operand) -> Write:
         assert isinstance(operand, str)
         if operand == "_":
-            return
-        register = self.registers[operand]
-        self.products.overwritten(operand)
-        if register.dtype == np.bool_:
-            bits = value
-        else:
-            value = np.ascontiguousarray(value)
-            if value.itemsize != register.itemsize:  # a narrower value in a wider register: extended by its own sign
-                wide = np.dtype(f"{'i' if value.dtype.kind == 'i' else 'u'}{register.itemsize}")
-                value = value.astype(wide)
-            bits = value.view(register.dtype)
-        np.copyto(register, bits, where=self.mask if mask is None else mask)
+            return lambda value, mask: None
+        register, products = self.registers[operand], self.products
+        kind, size, plain = register.dtype, register.itemsize, register.dtype == np.bool_
+
+        def write(value: Array, mask: Array) -> None:
+            if products is not None:
+                products.overwritten(operand)
+            if not plain:
+                if value.itemsize != size:  # a narrower value in a wider register: extended by its own sign
+                    value = value.astype(f"{'i' if value.dtype.kind == 'i' else 'u'}{size}")
+                value = value.view(kind)
+            if mask is self.mask and self.whole:
+                register[:] = value
+            else:
+                np.copyto(register, value, where=mask)
+
+        return write
 
     def addresses(self, operand: Operand, mask: Array) -> Array:
         """Of the threads in ``mask``."""
-        assert isinstance(operand, str)
-        text = operand[1:-1]
-        sign = 1
-        if "+" in text[1:]:
-            name, offset = text.split("+")
-        elif "-" in text[1:]:
-            name, offset = text.split("-")
-            sign = -1
-        else:
-            name, offset = text, "0"
-        at = self.read(name, "b64").astype(np.int64)[mask]
-        return at + sign * int(offset, 0)
+        if operand not in self._places:
+            parts = re.fullmatch(r"\[(.[^+-]*)([+-]?)(.*)\]", str(operand))
+            assert parts is not None, operand
+            self._places[operand] = self.reader(parts[1], "b64"), int(parts[2] + (parts[3] or "0"), 0)
+        read, offset = self._places[operand]
+        at = read().astype(np.int64)
+        at += offset
+        return at if mask is self.mask and self.whole else at[mask]
 
     # -- compilation -------------------------------------------------------------------------------------------------
 
@@ -239,18 +297,18 @@ class Machine:
         kinds = operation.kinds(i.parts)
         modifiers = i.parts[1:-1]
 
+        readers = [self.reader(o, k) for o, k in zip(i.operands[1:], kinds, strict=False)]
+        write = self.writer(i.operands[0])
+        calculate = partial(small, kind, operation.run) if kind in SMALL else partial(operation.run, kind)
+
         def run(mask: Array) -> None:
-            values = [self.read(o, k) for o, k in zip(i.operands[1:], kinds, strict=False)]
-            if kind in SMALL:
-                self.write(i.operands[0], small(kind, operation.run, modifiers, *values))
-            else:
-                self.write(i.operands[0], operation.run(kind, modifiers, *values))
+            write(calculate(modifiers, *[read() for read in readers]), mask)
 
         return run
 
     def _depend(self, i: Instruction) -> Run:
         def run(mask: Array) -> None:
-            if i.parts[1] == "wait":
+            if i.parts[1] == "wait" and self.early is not None:
                 self.early &= ~mask
 
         return run
@@ -278,13 +336,16 @@ class Machine:
 
             return constant
 
+        writers = [self.writer(register) for register in to]
+
         def run(mask: Array) -> None:
             where = self.addresses(i.operands[1], mask)
-            raw = self._space(i).get(where, size * len(to), self.warps[mask], "load")
-            for n, register in enumerate(to):
-                value = np.zeros(self.threads, TYPES[kind])
-                value[mask] = np.ascontiguousarray(raw[:, n * size : (n + 1) * size]).view(TYPES[kind])[:, 0]
-                self.write(register, value)
+            found = self._space(i).get(where, size * len(to), self.warps[mask], "load").view(TYPES[kind])
+            if not self.whole:
+                some, found = found, np.zeros((self.threads, len(to)), TYPES[kind])
+                found[mask] = some
+            for n, write in enumerate(writers):
+                write(found[:, n], mask)
 
         return run
 
@@ -292,9 +353,10 @@ class Machine:
         kind = i.parts[-1]
         values = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
 
+        readers = [self.reader(v, kind) for v in values]
+
         def run(mask: Array) -> None:
-            columns = [self.read(v, kind)[mask].astype(TYPES[kind]) for v in values]
-            raw = np.stack(columns, 1).view(np.uint8)
+            raw = np.stack([read()[mask].astype(TYPES[kind]) for read in readers], 1).view(np.uint8)
             self._space(i).put(self.addresses(i.operands[0], mask), raw, self.warps[mask], "store")
 
         return run
@@ -324,9 +386,11 @@ class Machine:
 
             return together
 
+        read, write = self.reader(source, kind), self.writer(to)
+
         def run(mask: Array) -> None:
-            if not self.products.moved(self, to, source, mask):
-                self.write(to, self.read(source, kind))
+            if self.products is None or not self.products.moved(self, to, source, mask):
+                write(read(), mask)
 
         return run
 
@@ -335,16 +399,17 @@ class Machine:
         join = i.parts[2] if i.parts[2] in ("and", "or", "xor") else None
         second = isinstance(i.operands[1], str) and self.kernel.registers.get(i.operands[1]) == 1 and kind != "pred"
         first = 2 if second else 1
+        read_a, read_b = (self.reader(o, kind) for o in i.operands[first : first + 2])
+        write = self.writer(i.operands[0])
 
         def run(mask: Array) -> None:
-            a, b = (self.read(o, kind) for o in i.operands[first : first + 2])
-            yes = compare(a, b)
-            no = ~yes
+            yes = compare(read_a(), read_b())
+            no = ~yes if second else yes
             if join is not None:
                 c = self.predicate(i.operands[first + 2])
                 operation = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[join]
                 yes, no = operation(yes, c), operation(no, c)
-            self.write(i.operands[0], yes)
+            write(yes, mask)
             if second:
                 self.write(i.operands[1], no)
 
@@ -353,8 +418,10 @@ class Machine:
     def _convert(self, i: Instruction) -> Run:
         to, source = i.parts[-2:]
 
+        readers = [self.reader(o, source) for o in i.operands[1:]]
+        write = self.writer(i.operands[0])
+
         def run(mask: Array) -> None:
-            values = [self.read(o, source) for o in i.operands[1:]]
-            self.write(i.operands[0], convert(to, source, i.parts[1:-2], *values))
+            write(convert(to, source, i.parts[1:-2], *[read() for read in readers]), mask)
 
         return run

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptx.machine import Machine
 from ptx.memory import Fault, Global
-from ptx.text import Kernel, parse
+from ptx.text import parse
 
 NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -32,7 +32,7 @@ class Device:
     arch: int
     launches: list[str] = field(default_factory=list)
     instructions: list[int] = field(default_factory=list)
-    _compiled: dict[Any, tuple[Kernel, int]] = field(default_factory=dict)
+    _compiled: dict[Any, Machine] = field(default_factory=dict)
 
     def run(self, kernel: Any, *values: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         """What ``kernel[grid](*values, **options)`` does, instead of ``JITFunction.run``."""
@@ -67,20 +67,18 @@ class Device:
         key = kernel.fn, *map(str, (signature, constants, attributes, sorted(options.items())))
         if key not in self._compiled:
             self._compiled[key] = self._compile(kernel, signature, constants, attributes, options)
-        entry, shared = self._compiled[key]
+        machine = self._compiled[key]
+        entry = machine.kernel
         self.launches.append(entry.name)
         grid = grid(given) if callable(grid) else grid
         # scratch memory that the compiler may ask for: none
         arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
-        machine = Machine(entry, memory, grid, shared=shared)
         if options.get("launch_pdl", False) != machine.dependent:
             raise Fault(f"{entry.name}: launched early and does not wait, or waits and is not launched early")
-        machine.run(arguments)
-        self.instructions.append(sum(machine.counts.values()))
+        machine.run(memory, grid, arguments)
+        self.instructions.append(machine.issued)
 
-    def _compile(
-        self, kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any
-    ) -> tuple[Kernel, int]:
+    def _compile(self, kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any) -> Machine:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -88,7 +86,7 @@ class Device:
         source = ASTSource(kernel, *_for_old_triton(signature, constants, attributes))
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         (entry,) = parse(compiled.asm["ptx"]).values()
-        return entry, compiled.metadata.shared
+        return Machine(entry, compiled.metadata.shared)
 
 
 def _for_old_triton(signature: Any, constants: Any, attributes: Any) -> tuple[Any, Any, Any]:

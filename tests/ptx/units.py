@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ptx.memory import POISON, Array, Fault
+from ptx.memory import POISON, SEVERAL, Array, Fault
 from ptx.ops import from_bf16
 from ptx.text import Instruction, Operand
 from ptx.warp import WARP, Atomic, Reduction, Shuffle, Unit, Vote, check_whole
@@ -36,7 +37,7 @@ class Copies(Unit):
         size = int(str(i.operands[2]), 0)
         to, source = (machine.addresses(o, mask) for o in i.operands[:2])
         count = machine.read(i.operands[3], "s32")[mask] if len(i.operands) > 3 else np.full(mask.sum(), size)
-        if not np.isin(count, (0, size)).all():
+        if ((count != 0) & (count != size)).any():
             raise NotImplementedError("part of a copy")
         values, warps = np.zeros((mask.sum(), size), np.uint8), machine.warps[mask]
         read = count > 0
@@ -64,25 +65,23 @@ class Matrices(Unit):
         load = i.parts[0] == "ldmatrix"
         registers, at = i.operands if load else reversed(i.operands)
         count, turned = len(registers), "trans" in i.parts
-        addresses = np.zeros(machine.threads, np.int64)
-        addresses[mask] = machine.addresses(at, mask)
-        for warp in np.unique(machine.warps[mask]):
-            rows = addresses[warp * WARP :][: 8 * count].reshape(count, 8)
-            lanes = slice(warp * WARP, (warp + 1) * WARP)
-            owner = np.full(8, warp, np.int32)
+        warps = machine.warps[mask][::WARP]
+        rows = machine.addresses(at, mask).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
+        owners = np.repeat(warps, 8 * count)
+        if load:
+            found = machine.shared.get(rows, 16, owners, "ldmatrix").view(np.uint16).reshape(-1, count, 8, 8)
+            found = found.swapaxes(2, 3) if turned else found
+            pairs = np.ascontiguousarray(found[:, :, ROW[:, None], PAIR[:, None] + [0, 1]]).view(np.uint32)
             for m, register in enumerate(registers):
-                if load:
-                    matrix = machine.shared.get(rows[m], 16, owner, "ldmatrix").view(np.uint16)
-                    pairs = (matrix.T if turned else matrix)[ROW[:, None], PAIR[:, None] + [0, 1]]
-                    value = np.zeros(machine.threads, np.uint32)
-                    value[lanes] = np.ascontiguousarray(pairs).view(np.uint32)[:, 0]
-                    machine.write(register, value, machine.warps == warp)
-                else:
-                    matrix = np.zeros((8, 8), np.uint16)
-                    pairs = machine.read(register, "b32")[lanes, None].copy().view(np.uint16)
-                    matrix[ROW[:, None], PAIR[:, None] + [0, 1]] = pairs
-                    raw = np.ascontiguousarray(matrix.T if turned else matrix).view(np.uint8)
-                    machine.shared.put(rows[m], raw, owner, "stmatrix")
+                value = np.zeros((machine.threads // WARP, WARP), np.uint32)
+                value[warps] = pairs[:, m, :, 0]
+                machine.write(register, value.reshape(-1))
+        else:
+            given = np.stack([machine.read(register, "b32").reshape(-1, WARP)[warps] for register in registers], 1)
+            matrices = np.zeros((len(warps), count, 8, 8), np.uint16)
+            matrices[:, :, ROW[:, None], PAIR[:, None] + [0, 1]] = given[..., None].view(np.uint16)
+            matrices = np.ascontiguousarray(matrices.swapaxes(2, 3) if turned else matrices)
+            machine.shared.put(rows, matrices.view(np.uint8).reshape(-1, 16), owners, "stmatrix")
 
 
 def _floats(bits: Array, kind: str) -> Array:
@@ -124,8 +123,7 @@ class Products(Unit):
             machine.write(out, (part + machine.read(add, "f32")).astype(np.float32))
 
 
-Read = tuple[Array, Array]  # addresses in shared memory, the bytes that were there
-ALL = np.int32(-1)  # several warps
+Read = tuple[Array, int, Array]  # of shared memory: which of its lines, of how many bytes, what was there
 
 
 class Under(NamedTuple):
@@ -184,10 +182,10 @@ class AsyncProducts(Unit):
 
     def finish(self, done: list[Under]) -> None:
         for under in done:
-            for at, held in under.reads:
-                if not np.array_equal(self.machine.shared.bytes[at], held):
+            for at, size, held in under.reads:
+                if not np.array_equal(self.machine.shared.lines(size).bytes[at], held):
                     raise Fault("wgmma: operands were overwritten while the product was under way")
-                self.machine.shared.note_read(at, ALL, "wgmma")
+                self.machine.shared.note_read(at, size, SEVERAL, "wgmma")
         finished = {id(under) for under in done}
         for register in [r for r, (under, _) in self.holds.items() if id(under) in finished]:
             under, n = self.holds.pop(register)
@@ -216,19 +214,22 @@ class AsyncProducts(Unit):
         right = np.stack([self.operand(b, g, columns, kind, reads, bool(turned[1])) for g in range(groups)])
         product = left @ right.transpose(0, 2, 1)  # [groups, 64, columns]
         adds = machine.read(i.operands[3], "pred")
-        results = np.zeros((machine.threads, len(to)), np.float32)
-        lane, warp = machine.lanes, machine.warps
-        for n, register in enumerate(to):
-            row = 16 * (warp % 4) + lane // 4 + 8 * (n // 2 % 2)
-            part = product[warp // 4, row, 8 * (n // 4) + 2 * (lane % 4) + n % 2]
-            held = self.holds.get(register)
-            before = held[0].results[:, held[1]] if held else machine.registers[register].view(np.float32)
-            results[:, n] = part + np.where(adds, before, 0)
+        lane, warp, n = machine.lanes[:, None], machine.warps[:, None], np.arange(len(to))
+        row, column = 16 * (warp % 4) + lane // 4 + 8 * (n // 2 % 2), 8 * (n // 4) + 2 * (lane % 4) + n % 2
+        before = np.stack([self.value(register) for register in to], 1)
+        results = (product[warp // 4, row, column] + np.where(adds[:, None], before, 0)).astype(np.float32)
         under = Under(results, reads, registers)
         self.open.append(under)
         for n, register in enumerate(to):
             machine.registers[register].fill(0xFFFFFFFF)
             self.holds[register] = under, n
+
+    def value(self, register: str) -> Array:
+        """float32, of a result that may be under way: products add up without a wait between them."""
+        if register in self.holds:
+            under, n = self.holds[register]
+            return under.results[:, n]
+        return self.machine.registers[register].view(np.float32)
 
     def operand(
         self, name: Operand, group: int, rows: int, kind: str, reads: list[Read], turned: bool = False
@@ -237,28 +238,36 @@ class AsyncProducts(Unit):
         in lines of 32, 64 or 128 bytes, eight lines together.
         """
         machine = self.machine
-        bits = {int(d) for d in machine.read(name, "b64")[group * 128 : (group + 1) * 128]}
-        if len(bits) != 1:
+        bits = machine.read(name, "b64")[group * 128 : (group + 1) * 128]
+        if (bits != bits[0]).any():
             raise Fault("wgmma: threads have different descriptors")
-        descriptor = bits.pop()
-        start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-        swizzle = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
-        if swizzle is None or descriptor >> 49 & 7:
-            raise NotImplementedError("a layout without swizzle, or with an offset")
-        row, column = np.arange(rows)[:, None, None], np.arange(16)[None, :, None]
-        if turned:
-            per_line = swizzle // 2
-            at = row // per_line * leading + row % per_line * 2 + column // 8 * stride + column % 8 * swizzle
-        else:
-            at = row // 8 * stride + row % 8 * swizzle + column * 2
-        at = (start + at + [0, 1]).reshape(rows, 32)
-        at ^= (at >> 7 & swizzle // 16 - 1) << 4
-        if at.max() >= machine.shared_bytes:
+        at, size = _lines(int(bits[0]), rows, turned)
+        if at.max() * size >= machine.shared_bytes:
             raise Fault("wgmma: outside shared memory")
-        machine.shared.note_read(at, ALL, "wgmma")
-        held = machine.shared.bytes[at]
-        reads.append((at, held.copy()))
-        return _floats(np.ascontiguousarray(held).view(np.uint16), kind)
+        machine.shared.note_read(at, size, SEVERAL, "wgmma")
+        held = machine.shared.lines(size).bytes[at]
+        reads.append((at, size, held))
+        return _floats(held.view(np.uint16).reshape(rows, 16), kind)
+
+
+@functools.cache
+def _lines(descriptor: int, rows: int, turned: bool) -> tuple[Array, int]:
+    """Where in shared memory the elements of a matrix [rows, 16] are: which lines of how many bytes."""
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    swizzle = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
+    if swizzle is None or descriptor >> 49 & 7:
+        raise NotImplementedError("a layout without swizzle, or with an offset")
+    row, column = np.arange(rows)[:, None], np.arange(16)[None]
+    if turned:
+        per_line = swizzle // 2
+        at = row // per_line * leading + row % per_line * 2 + column // 8 * stride + column % 8 * swizzle
+        size = 2
+    else:  # a swizzle leaves 16 bytes together
+        at = row // 8 * stride + row % 8 * swizzle + column[:, ::8] * 2
+        size = 16
+    at = (start + at).reshape(-1)
+    at ^= (at >> 7 & swizzle // 16 - 1) << 4
+    return at // size, size
 
 
 def units() -> dict[str, Unit]:
