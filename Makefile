@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv; each works alone on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 INPUTS := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test test-slow lint wheel bench gpu clean
@@ -9,10 +10,10 @@ demo: .venv/demo.stamp
 	$(BIN)/dllm-engine demo
 
 test: .venv/test.stamp
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: .venv/test.stamp
-	$(BIN)/pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

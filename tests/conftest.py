@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from cases import PTX, all_isas, backend_params
+from cases import INTERPRETED, PTX, all_isas, backend_params
 from safetensors.torch import save_file
 
 from dllm_engine import LLaDA, LLaDAConfig
@@ -23,6 +23,10 @@ from dllm_engine.built_in import DEMO_MODEL
 
 GOLDEN = Path(__file__).parent / "golden"
 
+if INTERPRETED:
+    import interpreter
+
+    interpreter.install()
 
 if PTX:
     import ptx.cuda

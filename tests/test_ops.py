@@ -7,8 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,21 +255,11 @@ BY_INTERPRETER: dict[str, list[str]] = {
 } | {"test_benchmarks.py": ["-k", "kernels"]}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def interpretations(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
-    """Those that were asked for, two at a time: each keeps a core busy for a minute or more."""
-    pytest.importorskip("triton")
-    items: list[Any] = request.session.items
-    asked = [i.callspec.params["file"] for i in items if "interpretations" in getattr(i, "fixturenames", ())]
-    with ThreadPoolExecutor(2) as pool:
-        yield {file: pool.submit(interpreted, f"tests/{file}", *BY_INTERPRETER[file]) for file in asked}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("file", BY_INTERPRETER)
-def test_interpreted_triton(file: str, interpretations: dict[str, Future[None]]) -> None:
+def test_interpreted_triton(file: str) -> None:
     """The same tests of the kernels, by the interpreter: it must be chosen before Triton is imported."""
-    interpretations[file].result()
+    pytest.importorskip("triton")
+    interpreted(f"tests/{file}", *BY_INTERPRETER[file])
 
 
 @pytest.mark.slow
