@@ -95,6 +95,9 @@ class OnceABlockButTheFirst(Refresh):
     def due(self, step: int, step_in_block: int) -> bool:
         return step_in_block == 1
 
+    def __str__(self) -> str:
+        return "once"
+
 
 @pytest.mark.parametrize(
     "cache", ["dual/3", "prefix/3", "dual/never", "prefix/never", Cache("dual", OnceABlockButTheFirst())], ids=str
