@@ -46,6 +46,10 @@ $(BIN)/pip:
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
+.venv/lint.stamp: $(INPUTS) | $(BIN)/pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[lint]"
+	touch .venv/test.stamp $@  # which it takes in
+
 .venv/%.stamp: $(INPUTS) | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[$*]"
 	touch $@

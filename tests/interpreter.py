@@ -1,4 +1,4 @@
-"""Triton's interpreter, a quarter faster: the language is prepared once a launch, not at each call of a device function."""
+"""Triton's interpreter, a quarter faster: its language is made ready once a launch, not for each function called."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_the_command_works_unchanged_on_a_checkpoint_laid_out_like_llada_8b(
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"messages": [{"role": "user", "content": f"w{i} w{3 * i}"}]} for i in range(1, 13)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["train-filter", "--model", str(directory), "--prompts", str(prompts), "--gen-length", "64", "--json"]
+    arguments = ["train-filter", "--model", str(directory), "--prompts", str(prompts), "--gen-length", "32", "--json"]
     assert cli.main([*arguments, "--epochs", "2", "--risk", "0.9", "--output", str(tmp_path / "filter")]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 12
     learned = LearnedFilter.from_pretrained(tmp_path / "filter")
