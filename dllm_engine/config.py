@@ -269,8 +269,8 @@ class LLaDAConfig:
 
         def real(key: str) -> float:
             value = need(key)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{source}: {key} is {value!r}; a number is needed")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{source}: {key} is {value!r}; a finite number is needed")
             return float(value)
 
         def flag(key: str, value: Any) -> bool:
@@ -326,7 +326,8 @@ class LLaDAConfig:
         return config
 
     def _check(self, source: str) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length"):
+        sizes = "d_model n_layers n_heads n_kv_heads mlp_hidden_size vocab_size max_sequence_length"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{source}: {name} is {getattr(self, name)}; it must be at least 1")
         if not self.rope_theta > 0 or not self.rms_norm_eps >= 0:

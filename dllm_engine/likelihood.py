@@ -58,15 +58,26 @@ def log_likelihood(
         backend: as for `ops.row_stats`.
 
     Raises:
-        TypeError, ValueError: an empty target, ids or a length that the model has not, or a number out of range.
+        TypeError, ValueError: not a context for each target, an empty target, ids or a length that the model has not,
+            or a number out of range.
     """
     checks.check_counts(samples=samples, batch_size=batch_size)
     checks.check_options(cfg_scale=cfg_scale)
     checks.check_seeds(seed, 1)
     if model.config.block_size:
         raise ValueError("model: a block-causal one given; the estimate is of models whose rows see all columns")
+    _check_requests(model, contexts, targets)
+    return _estimates(model, contexts, targets, samples, seed, batch_size, cfg_scale, backend)
+
+
+def _check_requests(model: LLaDA, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:
+    if len(contexts) != len(targets):
+        raise ValueError(f"targets: {len(targets)} given for {len(contexts)} contexts; one for each is needed")
     limit = model.config.max_sequence_length
     for i, (context, target) in enumerate(zip(contexts, targets, strict=True)):
+        for name, ids in (("contexts", context), ("targets", target)):
+            if not isinstance(ids, list | tuple):
+                raise TypeError(f"{name}: request {i} has a {type(ids).__name__}; a list of ids is needed")
         if not target or len(context) + len(target) > limit:
             raise ValueError(
                 f"targets: {len(context)} + {len(target)} tokens given in request {i};"
@@ -75,7 +86,6 @@ def log_likelihood(
         if stray := [token for token in (*context, *target) if not isinstance(token, int)]:
             raise TypeError(f"targets: request {i} holds {stray[0]!r}; ids are ints")
         inputs.check_ids(model, (*context, *target), f"targets: request {i}")
-    return _estimates(model, contexts, targets, samples, seed, batch_size, cfg_scale, backend)
 
 
 @torch.inference_mode()
@@ -186,7 +196,12 @@ def greedy_matches(
     """Whether decoding as many tokens as the target has, the most confident one a step, gives the target.
 
     The check of LLaDA's own evaluation: one block, no cache, no end of text. Contexts may not be empty.
+
+    Raises:
+        TypeError, ValueError: as `log_likelihood`, or what `decode` refuses.
     """
+    checks.check_counts(batch_size=batch_size)
+    _check_requests(model, contexts, targets)
     found = [False] * len(targets)
     order = sorted(range(len(targets)), key=lambda i: (len(targets[i]), len(contexts[i])))
     while order:

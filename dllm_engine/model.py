@@ -303,7 +303,14 @@ class LLaDA(nn.Module):
         Args:
             input_ids: LongTensor [B, L].
             attention_mask: [B, L], 0 on left padding; None if there is none.
+
+        Raises:
+            ValueError: more columns than the model has positions.
         """
+        if input_ids.shape[1] > self.config.max_sequence_length:
+            raise ValueError(
+                f"input_ids: {input_ids.shape[1]} columns given; max_sequence_length is {self.config.max_sequence_length}"
+            )
         real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         positions = (real.long().cumsum(1) - 1).clamp_min(0)
         seen = None if attention_mask is None else real[:, None, None, :]

@@ -69,14 +69,15 @@ def row_stats(
     _check_temperature(temperature)
     if probe_ids is None:
         probe_ids = torch.empty(count, 0, dtype=torch.int64, device=device)
-    _check(probe_ids, "probe_ids", torch.int64, device, (count, probe_ids.shape[-1] if probe_ids.ndim else 0))
+    each = probe_ids.shape[-1] if isinstance(probe_ids, Tensor) and probe_ids.ndim else 0
+    _check(probe_ids, "probe_ids", torch.int64, device, (count, each))
     if probe_ids.shape[1] > MAX_PROBES:
         raise ValueError(f"probe_ids: {probe_ids.shape[1]} a row given; at most {MAX_PROBES}")
     if noise_keys is None:
         if temperature > 0:
             raise ValueError("noise_keys: needed with a temperature, none given")
         noise_keys = torch.empty(0, 3, dtype=torch.int64, device=device)
-    elif temperature > 0:
+    else:
         _check(noise_keys, "noise_keys", torch.int64, device, (count, 3))
     # eager calls skip the dispatcher (6 µs), compiled ones go through it
     eager = _row_stats if values_known else _run_row_stats
@@ -194,9 +195,9 @@ def check_step(
     _check_matrices(hidden.contiguous().flatten(0, 1), lm_head)
     _check_temperature(temperature)
     _check(sequences, "sequences", torch.int64, device, (batch,))
+    _check_state(state, device)
     if not 0 < width <= len(state.quota):
         raise ValueError(f"hidden: {width} rows a block given; 1 to the block length {len(state.quota)} allowed")
-    _check(state.tokens, "state", torch.int64, device, (state.batch, state.length))
     _check(rule.bounds, "rule.bounds", torch.float32, device, (rule.bounds.numel(),))
     if len(rule.bounds) < width:
         raise ValueError(f"rule.bounds: {len(rule.bounds)} given; the block has {width} rows")
@@ -208,7 +209,7 @@ def check_step(
     if device.type == "cpu" and not torch.compiler.is_compiling() and not rule.weights.isfinite().all():
         raise ValueError("rule.weights: values that are not finite")  # a filter file with such is refused when read
     if end_ids is not None:
-        _check(end_ids, "end_ids", torch.int64, device, (len(end_ids),))
+        _check_list(end_ids, "end_ids", torch.int64, device)
 
 
 def block_stats(
@@ -359,6 +360,28 @@ def _check(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device, 
         raise ValueError(f"{name}: on {tensor.device}; {device} is needed")
 
 
+def _check_list(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    _check(tensor, name, dtype, device, (tensor.numel() if isinstance(tensor, Tensor) else 0,))
+
+
+def _check_state(state: DecodeState, device: torch.device) -> None:
+    """Kernels get addresses of its tensors, and what they take them for."""
+    canvas = state.batch, state.length
+    for name, dtype, shape in (
+        ("tokens", torch.int64, canvas),
+        ("undecided", torch.bool, canvas),
+        ("predicted", torch.int64, canvas),
+        ("progress", torch.int64, (state.batch, 6)),
+        ("seeds", torch.int64, (state.batch,)),
+        ("quota", torch.int64, (state.block_length,)),
+        ("end_ids", torch.int64, (len(state.end_ids),)),
+    ):
+        tensor = getattr(state, name)
+        _check(tensor, f"state.{name}", dtype, device, shape)
+        if not tensor.is_contiguous():
+            raise ValueError(f"state.{name}: strides {list(tensor.stride())} given; a contiguous tensor is needed")
+
+
 def _in_range(values: Tensor, name: str, limit: int) -> None:
     if values.numel() and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"{name}: {int(values.min())} to {int(values.max())} given; 0 to {limit - 1} allowed")
@@ -378,7 +401,7 @@ def id_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
 
 def _ids(ids: Sequence[int] | Tensor, name: str, lm_head: Tensor) -> Tensor:
     if isinstance(ids, Tensor):  # made by `id_tensor`
-        _check(ids, name, torch.int32, lm_head.device, (len(ids),))
+        _check_list(ids, name, torch.int32, lm_head.device)
         return ids
     for i in ids:
         if not (isinstance(i, int) and 0 <= i < len(lm_head)):

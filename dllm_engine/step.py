@@ -44,7 +44,8 @@ class Step(NamedTuple):
         batch, width, dim = self.hidden.shape
         (token, second_token), (logit, *others) = self.stat_ids, self.stat_values
         call = (
-            matrix(self.hidden), matrix(self.lm_head), dim, len(self.lm_head), (0, batch * width),
+            # contiguous, which says nothing of the stride of a dimension of size 1
+            (*matrix(self.hidden)[:2], dim), matrix(self.lm_head), dim, len(self.lm_head), (0, batch * width),
             listed(self.banned_ids), listed(self.excluded_ids), (0, 0), self.temperature, (0, 0),
             (*pointers(token, logit, second_token, *others), 0),
         )  # fmt: skip
