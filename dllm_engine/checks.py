@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check_options(*, end_of_text: str = "auto", temperature: float = 0.0, cfg_sc
     if end_of_text not in END_OF_TEXT:
         raise ValueError(f"end_of_text: {end_of_text!r} given; known: {', '.join(END_OF_TEXT)}")
     for name, number in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if not (isinstance(number, int | float) and 0 <= number <= LARGEST):
+        if isinstance(number, bool) or not (isinstance(number, Real) and 0 <= number <= LARGEST):
             raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0, at most {LARGEST:g}, is needed")
 
 

@@ -210,10 +210,13 @@ class Engine:
             def described(b: int, column: int) -> str:
                 return f"sequence {b} at position {column - state.spans[b].first + prompt.shape[1]}"
 
-            while joined := loop.step():
-                loop.check(joined, described)
-                if stream is not None:
-                    stream.step(joined, loop.where)
+            try:
+                while joined := loop.step():
+                    loop.check(joined, described)
+                    if stream is not None:
+                        stream.step(joined, loop.where)
+            finally:
+                loop.close()
             if stream is not None:
                 stream.end()
             sequences = state.sequences_of(prompt)
@@ -335,9 +338,13 @@ class Engine:
         limit -= limit % options.alignment  # the last block is computed whole
         rows, longest = self.max_batch, min(self.max_length, limit) - options.gen_length
         with self._lent() as buffers:
-            yield Scheduler(
+            scheduler = Scheduler(
                 self.model, options, buffers, rows=rows, longest=longest, streamer=streamer, patience=patience
             )
+            try:
+                yield scheduler
+            finally:
+                scheduler.loop.close()
 
     @contextmanager
     def _lent(self) -> Iterator[Buffers]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine import features
+from dllm_engine.checks import check_counts
 from dllm_engine.config import ModelFacts
 
 FILTER_FILE = "filter.safetensors"
@@ -64,6 +66,14 @@ class LearnedFilter(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} given; {' or '.join(allowed)} allowed")
+        check_counts(block_length=block_length, hidden=hidden)
+        if threshold is not None:
+            number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+            if not number or not 0 <= threshold <= 1:
+                raise ValueError(f"threshold: {threshold!r} given; 0 to 1 allowed")
+        for name, facts in (("ids", ids), ("about", about)):
+            if not isinstance(facts, dict | None):
+                raise TypeError(f"{name}: {type(facts).__name__} given; a dict is needed")
         width, middle, out = (block_length,) * 3 if kind == "block" else (features.COUNT, hidden, 1)
         self.linear1 = nn.Linear(width, middle, dtype=torch.float32)
         self.linear2 = nn.Linear(middle, out, dtype=torch.float32)
@@ -155,18 +165,21 @@ class LearnedFilter(nn.Module):
             raise ValueError(f"filter: {file} was trained on other features than this version computes; train it again")
         if kind == "block" and about.get("block_length", size) != size:
             raise ValueError(f"filter: {file} says block_length {about['block_length']}, its tensors {size}")
-        made = cls(
-            size if kind == "block" else about["block_length"],
-            kind=kind,
-            hidden=size,
-            confidence_of_decided=about.get("confidence_of_decided", "model"),
-            threshold=about.get("threshold"),
-            ends_wait=about.get("ends_wait", False),
-            ids=about.get("ids"),
-            cache=about.get("cache"),
-            about=about.get("about"),
-            forced=force,
-        )
+        try:
+            made = cls(
+                size if kind == "block" else about.get("block_length", 0),
+                kind=kind,
+                hidden=size,
+                confidence_of_decided=about.get("confidence_of_decided", "model"),
+                threshold=about.get("threshold"),
+                ends_wait=about.get("ends_wait", False),
+                ids=about.get("ids"),
+                cache=about.get("cache"),
+                about=about.get("about"),
+                forced=force,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"filter: {file}: {error}") from None
         made.load_state_dict({name: tensors[name].float() for name in _TENSORS})
         return made.eval().requires_grad_(False)
 
@@ -191,9 +204,18 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = (opened.metadata() or {}).get("dllm_engine")
             stored = list(opened.keys())
-            return {name: opened.get_tensor(name) for name in stored}, metadata and json.loads(metadata)
+            tensors = {name: opened.get_tensor(name) for name in stored}
     except SafetensorError as error:
         raise ValueError(f"filter: {file} is not a safetensors file ({error})") from None
+    if not metadata:
+        return tensors, None
+    try:
+        about = json.loads(metadata)
+    except json.JSONDecodeError:
+        about = metadata
+    if not isinstance(about, dict):
+        raise ValueError(f"filter: {file}: metadata 'dllm_engine' is {metadata[:40]!r}; a JSON object is needed")
+    return tensors, about
 
 
 def _size(tensors: dict[str, Tensor], file: Path, kind: str) -> int:
@@ -203,11 +225,11 @@ def _size(tensors: dict[str, Tensor], file: Path, kind: str) -> int:
         raise ValueError(f"filter: {file} has no {missing[0]}; a two-layer Learn2PD filter is needed")
     if kind not in KINDS:
         raise ValueError(f"filter: {file} is of kind {kind!r}; known: {', '.join(KINDS)}")
-    size = tensors["linear1.bias"].shape[0]
+    size = len(tensors["linear1.bias"].flatten())
     width, out = (size, size) if kind == "block" else (features.COUNT, 1)
     for name, shape in zip(_TENSORS, ([size, width], [size], [out, size], [out]), strict=True):
         if list(tensors[name].shape) != shape:
             raise ValueError(f"filter: {file}: {name} has shape {list(tensors[name].shape)}, {shape} is needed")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"filter: {file}: {name} holds values that are not finite")
+        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+            raise ValueError(f"filter: {file}: {name} holds values that are not finite floats")
     return size

@@ -57,7 +57,7 @@ def generate(
     """
     engine = Engine.kept(model)
     model = engine.model
-    if remasking not in _REMASKING:
+    if not isinstance(remasking, str) or remasking not in _REMASKING:
         raise ValueError(f"remasking: {remasking!r} given; known: {', '.join(_REMASKING)}")
     if mask_id not in (_LLADA_MASK_ID, model.mask_id):
         raise ValueError(f"mask_id: {mask_id} given; this model's mask id is {model.mask_id}")

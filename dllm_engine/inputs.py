@@ -77,7 +77,7 @@ def check_ids(model: LLaDA, ids: Sequence[int], what: str) -> None:
 
 
 def _padding(mask: Any, ids: Tensor) -> Tensor:
-    if isinstance(mask, np.ndarray):
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf":
         mask = torch.as_tensor(mask)
     if mask is None:
         return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
@@ -139,19 +139,25 @@ def check_room(model: LLaDA, prompts: Sequence[Sequence[int]], gen_length: int) 
             raise ValueError(f"prompt {i}: {len(prompt)} tokens given; the model has room for {room} beside gen_length")
 
 
+def check_steps(name: str, steps: int | None, *, gen_length: int, block_length: int) -> None:
+    """Steps that cannot be shared out over the blocks raise TypeError or ValueError; ``name`` begins its message."""
+    if steps is None:
+        return
+    check_count(name, steps)
+    blocks = gen_length // block_length
+    if min(steps, gen_length) % blocks:
+        raise ValueError(
+            f"{name}: {steps} given; the {blocks} blocks"
+            f" (gen_length {gen_length} / block_length {block_length}) must divide it"
+        )
+
+
 def check_lengths(model: LLaDA, longest_prompt: int, *, gen_length: int, block_length: int, steps: int | None) -> None:
     """Lengths that do not fit each other or the model raise ValueError."""
     check_counts(gen_length=gen_length, block_length=block_length)
-    if steps is not None:
-        check_count("steps", steps)
     if gen_length % block_length:
         raise ValueError(f"block_length: {block_length} given; it must divide gen_length {gen_length}")
-    blocks = gen_length // block_length
-    if steps is not None and min(steps, gen_length) % blocks:
-        raise ValueError(
-            f"steps: {steps} given; the {blocks} blocks"
-            f" (gen_length {gen_length} / block_length {block_length}) must divide it"
-        )
+    check_steps("steps", steps, gen_length=gen_length, block_length=block_length)
     alignment, limit = alignment_of(model, block_length), model.config.max_sequence_length
     if model.config.block_size and alignment % block_length:
         raise ValueError(f"block_length: {block_length} given; it must divide the model's block size {alignment}")

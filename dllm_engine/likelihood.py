@@ -63,6 +63,8 @@ def log_likelihood(
     """
     checks.check_counts(samples=samples, batch_size=batch_size)
     checks.check_options(cfg_scale=cfg_scale)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: {seed!r} given; an int is needed")
     checks.check_seeds(seed, 1)
     if model.config.block_size:
         raise ValueError("model: a block-causal one given; the estimate is of models whose rows see all columns")

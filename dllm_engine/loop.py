@@ -68,7 +68,11 @@ class Loop:
         self.stopping_ids = self.end_ids if options.end_of_text != "off" else None
         self.predicts = options.end_of_text == "predicted"
         self.refresh = options.cache.refresh if options.cache.name != "none" else None
-        policy.begin(state)
+        try:
+            policy.begin(state)
+        except BaseException:
+            self.close()
+            raise
         reach = reach_of(policy, state.block_length, options.gen_length)
         self.reach = max(state.block_length, min(reach, options.gen_length))
         self.forward = Forward(
@@ -104,6 +108,15 @@ class Loop:
         """The sequence of a row ends here, wherever it is."""
         self.state.release(row)
         self.where[row] = self.state.idle
+
+    def close(self) -> None:
+        """The policy is free for another decode. Else it would be when nothing holds this loop any more, and a kept
+        traceback does.
+        """
+        key = id(self.policy)
+        with _CHOOSING:
+            if (user := _USERS.get(key)) is not None and user() is self:
+                del _USERS[key]
 
     def step(self) -> list[int]:
         """One call and its commit, for the sequences that need this kind of call; they are returned, [] at the end."""

@@ -307,10 +307,9 @@ class LLaDA(nn.Module):
         Raises:
             ValueError: more columns than the model has positions.
         """
-        if input_ids.shape[1] > self.config.max_sequence_length:
-            raise ValueError(
-                f"input_ids: {input_ids.shape[1]} columns given; max_sequence_length is {self.config.max_sequence_length}"
-            )
+        most = self.config.max_sequence_length
+        if input_ids.shape[1] > most:
+            raise ValueError(f"input_ids: {input_ids.shape[1]} columns given; max_sequence_length is {most}")
         real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
         positions = (real.long().cumsum(1) - 1).clamp_min(0)
         seen = None if attention_mask is None else real[:, None, None, :]

@@ -100,9 +100,18 @@ class Options:
             text = PolicyText.parse(policy)
             steps, policy = text.steps(gen_length, steps, block_length=block_length), text.make(model)
         inputs.check_lengths(model, longest_prompt, gen_length=gen_length, block_length=block_length, steps=steps)
-        policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
         if model.config.block_size:
-            cache = _block_causal(cache, policy, end_of_text, gen_length=gen_length, block_length=block_length)
+            cache = _block_causal(cache, end_of_text)
+        policy = policies.resolve(policy, model, block_length=block_length, cache=str(cache))
+        if model.config.block_size and _leaves_blocks(policy, gen_length=gen_length, block_length=block_length):
+            name = type(policy).__name__
+            raise ValueError(
+                f"policy: {name} given; a block-causal model computes blocks as they are and no other columns"
+            )
+        if steps is None:
+            steps = policy.default_steps(gen_length)
+            name = f"{type(policy).__name__}.default_steps"
+            inputs.check_steps(name, steps, gen_length=gen_length, block_length=block_length)
         if policy.greedy and temperature > 0:
             raise ValueError(f"temperature: {temperature} given; {type(policy).__name__} decides without one, at 0")
         if policy.drafts > 1 and cfg_scale > 0:
@@ -110,7 +119,7 @@ class Options:
         return cls(
             gen_length=gen_length,
             block_length=block_length,
-            steps=steps if steps is not None else policy.default_steps(gen_length),
+            steps=steps,
             policy=policy,
             cache=cache,
             end_of_text="committed" if end_of_text == "auto" else end_of_text,
@@ -125,7 +134,7 @@ class Options:
         return {name: getattr(self, name) for name in DEFAULTS} | {"cache": str(self.cache), "seed": seeds}
 
 
-def _block_causal(cache: Cache, policy: Policy, end_of_text: str, *, gen_length: int, block_length: int) -> Cache:
+def _block_causal(cache: Cache, end_of_text: str) -> Cache:
     """The cache of a block-causal model, whose rows never see what is right of their block: keys of decided blocks are
     exact, ``prefix`` and ``dual`` the same. What needs those columns raises ValueError.
     """
@@ -133,10 +142,14 @@ def _block_causal(cache: Cache, policy: Policy, end_of_text: str, *, gen_length:
         raise ValueError(f"cache: '{cache}' given; a block-causal model's cache is never refreshed: 'dual' is exact")
     if end_of_text == "predicted":
         raise ValueError("end_of_text: 'predicted' given; a block-causal model has no predictions right of a block")
-    if reach_of(policy, block_length, gen_length) > block_length or type(policy).block_lengths != Policy.block_lengths:
-        name = type(policy).__name__
-        raise ValueError(f"policy: {name} given; a block-causal model computes blocks as they are and no other columns")
     return Cache("dual") if cache.name == "prefix" else cache
+
+
+def _leaves_blocks(policy: Policy, *, gen_length: int, block_length: int) -> bool:
+    """Whether a rule sees columns behind a block, or ends blocks elsewhere."""
+    return (
+        reach_of(policy, block_length, gen_length) > block_length or type(policy).block_lengths != Policy.block_lengths
+    )
 
 
 def _sets_steps(policy: Any) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_engine.checks import check_counts
 from dllm_engine.config import read_json
 from dllm_engine.decode import decode
 from dllm_engine.model import LLaDA
@@ -99,12 +100,16 @@ def collect(
         Tensors over all steps: `FIELDS` float32 and `FLAGS` bool [N, block_length], ``prompt`` int64 [N].
 
     Raises:
+        TypeError, ValueError: no prompt, or a bad option.
         ValueError: the directory holds traces of another model, prompts or settings, or a file that cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
+    check_counts(gen_length=gen_length, block_length=block_length, batch_size=batch_size)
+    if not len(prompts):
+        raise ValueError("prompts: none given; at least one is needed")
     folder = Path(directory)
     settings = {
         "gen_length": gen_length, "block_length": block_length, "cache": cache, "end_of_text": end_of_text,

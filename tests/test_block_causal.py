@@ -95,6 +95,13 @@ def test_an_end_of_text_fills_what_is_behind_it_but_one_of_the_prompt_does_not(b
     assert told
 
 
+def test_caches_that_are_the_same_are_so_to_a_filter(model: LLaDA, recwarn: pytest.WarningsRecorder) -> None:
+    learned = LearnedFilter(8, cache="dual").requires_grad_(False)
+    for cache in ("prefix", "dual"):
+        decode(model, [[3, 4]], gen_length=16, block_length=8, cache=cache, policy=Learn2PD(learned))
+    assert not recwarn.list
+
+
 def test_padding_that_was_given_is_given_back(both: Both) -> None:
     model, _ = both
     width = max(map(len, PROMPTS)) + 3

@@ -91,6 +91,49 @@ def test_the_published_pth(tmp_path: Path) -> None:
         LearnedFilter.from_pretrained(tmp_path / "filter.pth")
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("{", "metadata 'dllm_engine' is '{'; a JSON object"),
+        ("[1]", r"metadata 'dllm_engine' is '\[1\]'; a JSON object"),
+        ('{"ids": [1]}', "ids: list given; a dict"),
+        ('{"threshold": "hi"}', "threshold: 'hi' given; 0 to 1"),
+        ('{"threshold": NaN}', "threshold: nan given; 0 to 1"),
+        ('{"kind": "token"}', "is of kind 'token'"),
+    ],
+)
+def test_files_that_say_something_odd(tmp_path: Path, told: str, message: str) -> None:
+    file = tmp_path / "filter.safetensors"
+    save_file(load_file(PUBLISHED), file, metadata={"dllm_engine": told})
+    with pytest.raises(ValueError, match=f"^filter: {file}.* {message}"):
+        LearnedFilter.from_pretrained(file)
+
+
+def test_tensors_that_are_no_filter(tmp_path: Path) -> None:
+    tensors, file = load_file(PUBLISHED), tmp_path / "filter.safetensors"
+    for name, tensor, message in (
+        ("linear1.bias", torch.tensor(1.0), r"linear1.weight has shape \[32, 32\], \[1, 1\] is needed"),
+        ("linear2.bias", tensors["linear2.bias"].int(), "linear2.bias holds values that are not finite floats"),
+    ):
+        save_file(tensors | {name: tensor}, file)
+        with pytest.raises(ValueError, match=message):
+            LearnedFilter.from_pretrained(file, force=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_length": 0}, "block_length: 0 given"),
+        ({"kind": "position", "hidden": -3}, "hidden: -3 given"),
+        ({"threshold": 1.5}, "threshold: 1.5 given; 0 to 1 allowed"),
+        ({"threshold": True}, "threshold: True given"),
+    ],
+)
+def test_bad_filters_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        LearnedFilter(**options)
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 

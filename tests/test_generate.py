@@ -77,6 +77,8 @@ def test_the_default_mask_id_is_the_models_own(model: LLaDA) -> None:
         dllm.generate(model, prompt, steps=8, gen_length=8, block_length=8, mask_id=7)
     with pytest.raises(ValueError, match="remasking: 'best' given; known: low_confidence, random"):
         dllm.generate(model, prompt, steps=8, gen_length=8, block_length=8, remasking="best")
+    with pytest.raises(ValueError, match=r"remasking: \[\] given"):
+        dllm.generate(model, prompt, steps=8, gen_length=8, block_length=8, remasking=[])  # type: ignore[arg-type]
 
 
 def test_more_steps_than_tokens_act_as_one_token_a_step(model: LLaDA) -> None:

@@ -46,6 +46,7 @@ def model() -> LLaDA:
         ({"end_of_text": "maybe"}, ValueError, "end_of_text: 'maybe' given; known: auto, off, committed, predicted"),
         ({"backend": "abacus"}, ValueError, "backend: 'abacus' given; known: auto, cpu, triton, cuda, eager"),
         ({"temperature": -1.0}, ValueError, "temperature: -1.0 given; a finite number ≥ 0"),
+        ({"temperature": True}, ValueError, "temperature: True given"),
         ({"temperature": float("nan")}, ValueError, "temperature: nan given"),
         ({"temperature": 1e38}, ValueError, r"temperature: 1e\+38 given; a finite number ≥ 0, at most 1e\+30"),
         ({"temperature": 10**400}, ValueError, "temperature: 1000"),
@@ -76,6 +77,11 @@ def model() -> LLaDA:
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, ValueError, "input_ids: .*\\[1, 0\\]"),
         ({"input_ids": torch.zeros(3, dtype=torch.long)}, ValueError, "input_ids: .*\\[3\\]"),
         ({"input_ids": torch.zeros(1, 3)}, TypeError, "input_ids: .*float32"),
+        (
+            {"input_ids": torch.ones(1, 2, dtype=torch.long), "attention_mask": np.array([["a", "b"]])},
+            ValueError,
+            "attention_mask: ndarray given; a tensor of input_ids' shape",
+        ),
         (
             {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 2)},
             ValueError,

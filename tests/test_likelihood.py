@@ -170,7 +170,25 @@ def test_errors_come_before_the_first_call(
     for name in ("samples", "batch_size"):
         with pytest.raises(TypeError, match=f"{name}: 2.5 given; an int is needed"):
             log_likelihood(model, [CONTEXT], [[3]], **{name: 2.5})
-    with pytest.raises(TypeError, match="seed: 'a' given"):
-        log_likelihood(model, [CONTEXT], [[3]], seed="a")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="targets: request 0 holds 9.5; ids are ints"):
-        log_likelihood(model, [CONTEXT], [[9.5]])  # type: ignore[list-item]
+    for seed in ("a", [0], None, True):
+        with pytest.raises(TypeError, match="seed: .* given; an int is needed"):
+            log_likelihood(model, [CONTEXT], [[3]], seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [log_likelihood, greedy_matches])
+@pytest.mark.parametrize(
+    ("contexts", "targets", "message"),
+    [
+        ([[1]], [[2], [3]], "targets: 2 given for 1 contexts"),
+        ([[1], [2]], [[3]], "targets: 1 given for 2 contexts"),
+        ([[1]], [[]], "a target of at least 1"),
+        ([None], [[3]], "contexts: request 0 has a NoneType; a list of ids is needed"),
+        ([[1]], [torch.tensor([4, 5])], "targets: request 0 has a Tensor; a list of ids"),
+        ([[1]], [[9.5]], "targets: request 0 holds 9.5; ids are ints"),
+    ],
+)
+def test_requests_that_are_none(model: LLaDA, function: Any, contexts: Any, targets: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        function(model, contexts, targets)
+    with pytest.raises(ValueError, match="batch_size: 0 given"):
+        function(model, [[1]], [[2]], batch_size=0)

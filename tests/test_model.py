@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_model
 
 from dllm_engine.layers import RMSNorm, one_behind_the_other
 
@@ -17,6 +18,13 @@ def test_a_norm_is_float32_and_rounded_before_the_weight(dtype: torch.dtype) -> 
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
     expected = (norm.weight.double() * exact.to(dtype).double()).to(dtype)
     assert float((norm(x) == expected).float().mean()) > 0.99  # but for what float32 puts on the other side of a tie
+
+
+def test_more_columns_than_positions() -> None:
+    model = tiny_model(max_sequence_length=8)
+    assert model(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 8, 64)
+    with pytest.raises(ValueError, match="input_ids: 9 columns given; max_sequence_length is 8"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
 
 
 def test_which_matrices_lie_one_behind_the_other() -> None:

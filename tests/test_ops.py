@@ -99,6 +99,9 @@ HIDDEN, HEAD = matrices(4, 16, 50, torch.float32)
         ({"probe_ids": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"probe_ids: shape \[2, 1\] given; \[1, 1\]"),
         ({"probe_ids": torch.zeros(1, 9, dtype=torch.int64)}, ValueError, "probe_ids: 9 a row given; at most 8"),
         ({"probe_ids": torch.full((1, 1), 50)}, ValueError, "probe_ids: 50 to 50 given"),
+        ({"probe_ids": [[1]]}, TypeError, "probe_ids: list given"),
+        ({"noise_keys": [1]}, TypeError, "noise_keys: list given"),
+        ({"banned_ids": torch.tensor(3, dtype=torch.int32)}, ValueError, r"banned_ids: shape \[\] given"),
         ({"probe_ids": torch.zeros(1, 1)}, TypeError, "probe_ids: torch.float32 given"),
         ({"temperature": -1.0}, ValueError, "temperature: -1.0 given"),
         ({"temperature": math.nan}, ValueError, "temperature: nan given"),
@@ -165,6 +168,27 @@ def test_bad_argument_of_a_step(change: dict[str, Any], error: type[Exception], 
     assert all(torch.equal(a, getattr(state, field)) for a, field in zip(before, STATE, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("progress", lambda x: x.int(), "torch.int32 given; torch.int64"),
+        ("quota", lambda x: x.int(), "torch.int32 given; torch.int64"),
+        ("undecided", lambda x: x.long(), "torch.int64 given; torch.bool"),
+        ("seeds", lambda x: x[:1], r"shape \[1\] given; \[2\]"),
+        ("predicted", lambda x: x[:, :-1], r"shape \[2, 18\] given; \[2, 19\]"),
+        ("tokens", lambda x: torch.cat((x, x), 1)[:, :19], r"strides \[38, 1\] given; a contiguous tensor"),
+        ("end_ids", lambda x: x.float(), "torch.float32 given; torch.int64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value in (*STATE, "end_ids") else "",
+)
+def test_a_state_that_kernels_would_misread_is_refused(field: str, change: Any, message: str) -> None:
+    state = fresh_state(0, batch=2)
+    setattr(state, field, change(getattr(state, field)))
+    hidden = matrices(16, 16, 50, torch.float32)[0].view(2, 8, 16)
+    with pytest.raises((TypeError, ValueError), match=f"^state.{field}: {message}"):
+        ops.decode_step_(hidden, HEAD, state, torch.arange(2), rules_for(8, "cpu")["threshold"])
+
+
 @pytest.mark.parametrize(("column", "value"), [(0, -1), (0, 12), (2, -1), (2, 8)])
 def test_a_state_that_points_outside_is_refused(column: int, value: int) -> None:
     """A block that reaches over the canvas of 19 columns, or a step of it that has no quota."""
@@ -205,6 +229,18 @@ def test_arguments_may_be_views(backend: str) -> None:
         ops.decode_step_(shifted, HEAD, states[1], *given, end_ids=every_other(ends), backend=backend)
         for field in STATE:
             assert torch.equal(getattr(states[0], field), getattr(states[1], field)), (name, field)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_blocks_of_one_row_may_be_views(backend: str) -> None:
+    """torch calls such a tensor contiguous, whatever its stride from row to row."""
+    states = [fresh_state(0, batch=3, width=1) for _ in range(2)]
+    hidden = matrices(3, 16, 50, torch.float32)[0].view(1, 3, 16).transpose(0, 1)
+    assert hidden.stride() == (16, 48, 1)
+    for state, given in zip(states, (hidden, hidden.clone(memory_format=torch.contiguous_format)), strict=True):
+        stats = ops.decode_step_(given, HEAD, state, torch.arange(3), rules_for(1, "cpu")["topk"], backend=backend)
+        assert stats.token.flatten().tolist() == (hidden[:, 0] @ HEAD.T).argmax(1).tolist()
+    assert torch.equal(states[0].tokens, states[1].tokens)
 
 
 def test_only_the_published_filter_needs_decided_rows() -> None:

@@ -16,6 +16,7 @@ from dllm_engine.policies import (
     Entropy,
     Factor,
     Hierarchical,
+    Learn2PD,
     LeftToRight,
     LocalLeap,
     Margin,
@@ -363,6 +364,10 @@ def test_progress_is_of_the_text_that_stays() -> None:
         (lambda: CAD(max_entropy=-1), "max_entropy: -1 given; a finite number ≥ 0"),
         (lambda: Prophet(middle=-1), "middle: -1 given; a finite number ≥ 0"),
         (lambda: Prophet(region=(5, 5)), "region: 5 given; a whole number ≥ 6"),
+        (lambda: Prophet(region=5), "region: 5 given; a pair"),  # type: ignore[arg-type]
+        (lambda: Prophet(region=(0, 1, 2)), "region: .* given; a pair"),  # type: ignore[arg-type]
+        (lambda: Threshold(torch.tensor([0.1, 0.2])), "threshold: .* given; a number"),  # type: ignore[arg-type]
+        (lambda: Learn2PD(5), "filter: int given; a LearnedFilter or the path"),  # type: ignore[arg-type]
         (lambda: LocalLeap(relaxed=0.95), "relaxed: 0.95 given; 0 to 0.9 allowed"),
         (lambda: LocalLeap(window=1.5), "window: 1.5 given; a whole number ≥ 0"),  # type: ignore[arg-type]
         (lambda: Hierarchical(0.3, 0.4), "low: 0.4 given; 0 to 0.3 allowed"),

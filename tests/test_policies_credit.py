@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ending_model
 from test_policies import make_block, make_stats
 from torch import Tensor
 
+from dllm_engine import decode
 from dllm_engine.policies import Credit
 from dllm_engine.policies.base import decide_
 from dllm_engine.state import DecodeState
@@ -111,3 +113,11 @@ def test_credit_ranks_what_has_rounded_to_one() -> None:
     stats = make_stats(block, logit=0.0, logsumexp=0.0, log_odds=[[30.0, 32.0, 31.0]])
     stats = RowStats(*stats.fields()[:-1], torch.zeros(1, 3, 4))
     assert policy.score(stats, block).argsort().tolist() == [[0, 2, 1]]
+
+
+def test_nothing_beside_the_best_is_sure_at_every_threshold() -> None:
+    model = ending_model(5)
+    model.lm_head.mul_(600.0)  # log-odds beyond float32
+    settings = {"gen_length": 8, "block_length": 8, "end_of_text": "off"}
+    for threshold in (0.0, 0.5, 1.0):
+        assert decode(model, [[3, 4, 5]], policy=Credit(threshold), **settings).forward_passes == 1

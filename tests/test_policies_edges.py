@@ -39,7 +39,7 @@ def begun(policy: Any, block: BlockState) -> Any:
         tokens=torch.zeros(1, 27, dtype=torch.int64), step=torch.zeros(1, dtype=torch.int64), prompt_length=3,
         length=27, gen_length=24, block_length=block.columns.shape[1],
     )  # fmt: skip
-    policy.check(tiny_model(), block_length=8, cache="dual")
+    policy = policy.check(tiny_model(), block_length=8, cache="dual") or policy
     policy.begin(state)
     return policy
 

@@ -24,6 +24,8 @@ from dllm_engine.policies import (
     Threshold,
     TokenEditing,
 )
+from dllm_engine.rules import Rule
+from dllm_engine.state import BlockState, DecodeState
 from dllm_engine.stats import RowStats
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -194,6 +196,7 @@ def test_greedy_rules_take_no_temperature(name: str, monkeypatch: pytest.MonkeyP
         (lambda: AdaBlock(least=0), "least: 0 given; a whole number ≥ 1"),
         (lambda: AdaBlock(delimiters="."), "delimiters: '.' given; a list"),
         (lambda: AdaBlock(delimiters=[]), "delimiters: \\[\\] given"),
+        (lambda: AdaBlock(delimiters=5), "delimiters: 5 given; a list"),  # type: ignore[arg-type]
         (lambda: AdaBlock(delimiters=[0.5]), "delimiters: \\[0.5\\] given"),  # type: ignore[list-item]
         (lambda: ExploreExploit(2), "threshold: 2 given"),
         (lambda: ExploreExploit(blocks=0), "blocks: 0 given"),
@@ -211,6 +214,99 @@ def test_bad_parameters_are_named(make: Any, message: str) -> None:
         make()
     with pytest.raises(TypeError, match="rule: str given"):
         FreeDave(rule="threshold")  # type: ignore[arg-type]
+
+
+class OfOneBatch(Policy):
+    name, of_one_batch = "of one batch", True
+
+
+def test_drafts_of_a_rule_of_one_batch_are_of_one_batch() -> None:
+    with Engine(random_model(), max_batch=2, max_length=32) as engine:
+        for policy in (OfOneBatch(), FreeDave(rule=OfOneBatch())):
+            with pytest.raises(ValueError, match="belongs to one batch; give it to decode"):
+                engine.generate_many(PROMPTS, policy=policy, gen_length=8, block_length=8)
+
+
+class Steps(Policy):
+    name = "steps"
+
+    def __init__(self, steps: Any) -> None:
+        self.steps = steps
+
+    def default_steps(self, gen_length: int) -> int | None:
+        return self.steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (5, r"default_steps: 5 given; the 2 blocks \(gen_length 16 / block_length 8\) must divide it"),
+        (1, "default_steps: 1 given; the 2 blocks"),
+        (-2, "default_steps: -2 given; at least 1"),
+        (2.5, "default_steps: 2.5 given; an int"),
+    ],
+)
+def test_a_rule_s_steps_are_checked_like_the_caller_s(steps: Any, message: str) -> None:
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8, "end_of_text": "off"}
+    with pytest.raises((TypeError, ValueError), match=f"^Steps.{message}"):
+        decode(random_model(), PROMPTS, policy=Steps(steps), **settings)
+    out = decode(random_model(), PROMPTS, policy=Steps(4), **settings)
+    assert (out.settings["steps"], out.forward_passes) == (4, 4)
+
+
+class ByRule(Policy):
+    """A `Rule`, and nothing that says the same in torch."""
+
+    name = "by rule"
+
+    def rule(self, block_length: int, device: torch.device) -> Rule | None:
+        return Threshold(0.1).rule(block_length, device)
+
+
+class Scored(ByRule):
+    """Its own score: no kernel decides by the rule."""
+
+    def score(self, stats: RowStats, state: BlockState) -> torch.Tensor:
+        return stats.log_odds
+
+
+@pytest.mark.parametrize("policy", [ByRule(), Scored(), FreeDave(rule=ByRule())], ids=lambda p: p.name)
+def test_what_a_rule_says_is_selected(policy: Policy) -> None:
+    settings: dict[str, Any] = {"gen_length": 16, "block_length": 8}
+    want = decode(random_model(), PROMPTS, policy=Threshold(0.1), **settings)
+    assert want.forward_passes < decode(random_model(), PROMPTS, policy="topk", **settings).forward_passes
+    out = decode(random_model(), PROMPTS, policy=policy, **settings)
+    assert torch.equal(out.sequences, want.sequences)
+    assert policy.drafts > 1 or out.forward_passes == want.forward_passes
+
+
+class Log(Threshold):
+    def begin(self, state: DecodeState) -> None:
+        self.seen = 0
+
+    def select(self, stats: RowStats, state: BlockState) -> torch.Tensor:
+        self.seen += 1
+        return super().select(stats, state)
+
+
+def test_a_decode_that_failed_gives_its_rule_back() -> None:
+    """Though somebody keeps the exception, and with it all that its frames hold."""
+    model, settings = random_model(), {"gen_length": 8, "block_length": 4, "end_of_text": "off"}
+    policy, kept = Log(0.5), []
+
+    def stumble(index: int, tokens: torch.Tensor) -> None:
+        raise KeyError(index)
+
+    with Engine(model, max_batch=2, max_length=40) as engine:
+        for decoding in (
+            lambda: decode(model, PROMPTS, policy=policy, streamer=stumble, **settings),
+            lambda: list(engine.generate_many(PROMPTS, policy=policy, streamer=stumble, **settings)),
+        ):
+            with pytest.raises(KeyError) as raised:
+                decoding()
+            kept.append(raised)
+            out = decode(model, PROMPTS, policy=policy, **settings)
+            assert policy.seen == out.forward_passes
 
 
 def test_drafts_beyond_a_block_are_refused() -> None:
@@ -360,11 +456,36 @@ def test_delimiters_must_be_known(demo_model: LLaDA) -> None:
         decode(tiny_model(), PROMPTS, policy="adablock", **settings)
     with pytest.raises(ValueError, match="the tokenizer has none of them as a single token"):
         decode(demo_model, [[5]], policy=AdaBlock(delimiters=["no such token, surely"]), **settings)
-    policy = AdaBlock(delimiters=["no such token, surely", ".", 3])
-    policy.check(demo_model, block_length=8, cache="dual")
+    policy = AdaBlock(delimiters=["no such token, surely", ".", 3]).check(demo_model, block_length=8, cache="dual")
     assert 3 in policy._ids
     assert len(policy._ids) >= 2
     assert {demo_model.tokenizer.decode(i).strip() for i in policy._ids if i != 3} == {"."}
+
+
+def test_a_rule_serves_models_with_other_delimiters_at_once() -> None:
+    """An iterator that has not begun when the same object decodes with the other model."""
+
+    class Tokenizer:
+        unk_token_id = None
+
+        def __init__(self, token: int) -> None:
+            self.token = token
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [self.token]}
+
+        def convert_tokens_to_ids(self, text: str) -> int:
+            return self.token
+
+    first, second = ending_model(5), ending_model(6)
+    first._tokenizer, second._tokenizer = Tokenizer(15), Tokenizer(33)
+    settings = {"gen_length": 16, "block_length": 8}
+    policy = AdaBlock(0.5, 0.0, 1.0, 1, delimiters=["\n"])
+    want = decode(first, [[3, 4, 5]], policy=policy, **settings)
+    with Engine(first, max_batch=1, max_length=32) as engine:
+        results = engine.generate_many([[3, 4, 5]], policy=policy, **settings)
+        decode(second, [[3, 4, 5]], policy=policy, **settings)
+        assert torch.equal(next(results).sequence, want.sequences[0])
 
 
 # -- explore, exploit --------------------------------------------------------------------------------------------------

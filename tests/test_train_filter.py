@@ -274,8 +274,12 @@ def test_a_risk_that_is_not_kept_is_told() -> None:
         train_filter.train(data, risk=0.2, epochs=1, progress=False)
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
     data = synthetic(12)
+    with pytest.raises(ValueError, match="batch_size: 0 given"):
+        traces.collect(tiny_model(), [[3]], tmp_path, batch_size=0, **SETTINGS)
+    with pytest.raises(ValueError, match="prompts: none given"):
+        traces.collect(tiny_model(), [], tmp_path, **SETTINGS)
     for risk in (0, 1e-310, 1.0):
         with pytest.raises(ValueError, match=f"risk: {risk} given; 1e-09 or more and less than 1 allowed"):
             train_filter.train(data, risk=risk)

@@ -12,7 +12,7 @@ import torch
 from dllm_engine.config import ModelFacts
 from dllm_engine.filter import FILTER_FILE, LearnedFilter
 from dllm_engine.policies.adablock import AdaBlock
-from dllm_engine.policies.base import HOOKS, Policy, RulePolicy
+from dllm_engine.policies.base import HOOKS, Policy
 from dllm_engine.policies.cad import CAD
 from dllm_engine.policies.credit import Credit
 from dllm_engine.policies.editing import TokenEditing
@@ -72,15 +72,14 @@ def resolve(policy: Policy | str, model: ModelFacts, *, block_length: int, cache
         policy = Learn2PD(shipped_filter(model)) if policy == Learn2PD.name else RULES[policy]()
     if not isinstance(policy, Policy):
         raise TypeError(f"policy: {type(policy).__name__} given; a name or a policies.Policy is needed")
-    policy.check(model, block_length=block_length, cache=cache)
-    return policy
+    return policy.check(model, block_length=block_length, cache=cache) or policy
 
 
 def as_rule(policy: Policy, block_length: int, device: torch.device) -> Rule | None:
     """The policy as data that a kernel decides by; None if its own `score` and `select` must be called."""
     base = type(policy)
     own = (getattr(base, hook) is not getattr(Policy, hook) for hook in ("score", "tokens", *HOOKS))
-    decides = policy.drafts > 1 or base.select is not RulePolicy.select or any(own)
+    decides = policy.drafts > 1 or base.select is not Policy.select or any(own)
     rule = None if decides else policy.rule(block_length, device)
     return None if rule is None or rule.filter_length > MAX_FILTER else replace(rule, ends_wait=policy.ends_wait)
 

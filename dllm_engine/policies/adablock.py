@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,12 +46,14 @@ class AdaBlock(Policy):
         self.threshold = in_range("threshold", threshold, 0, 1)
         self.delimiter_threshold = in_range("delimiter_threshold", delimiter_threshold, 0, 1)
         self.window, self.least = in_range("window", window, 0, 1), whole("least", least, 1)
-        if isinstance(delimiters, str) or not delimiters or not all(isinstance(d, str | int) for d in delimiters):
+        several = isinstance(delimiters, list | tuple) and len(delimiters) > 0
+        if not several or not all(isinstance(d, str | int) for d in delimiters):
             raise ValueError(f"delimiters: {delimiters!r} given; a list of texts or ids, at least one, is needed")
         self.delimiters = tuple(delimiters)
+        self._ids: list[int] = []  # of the model that `check` is told
         self._bound, self._least_odds = least_log_odds(threshold), least_log_odds(delimiter_threshold)
 
-    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> AdaBlock:
         ids = [d for d in self.delimiters if isinstance(d, int)]
         for i in ids:
             if not 0 <= i < model.vocab_size:
@@ -63,7 +66,9 @@ class AdaBlock(Policy):
             raise ValueError(f"delimiters: {self.delimiters} given; {error}") from None
         if not ids:
             raise ValueError(f"delimiters: {self.delimiters} given; the tokenizer has none of them as a single token")
-        self._ids = ids
+        made = copy.copy(self)
+        made._ids = ids
+        return made
 
     def reach(self, block_length: int, gen_length: int) -> int:
         return max(block_length, int(self.window * gen_length))

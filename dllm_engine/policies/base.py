@@ -20,7 +20,7 @@ def _is_finite(name: str, value: float, largest: float) -> bool:
     try:
         if not -math.inf < value < math.inf:
             return False
-    except TypeError:
+    except (TypeError, RuntimeError):  # of a tensor of several
         raise TypeError(f"{name}: {value!r} given; a number is needed") from None
     if value > largest:
         raise ValueError(f"{name}: {value} given; at most {largest:g} is allowed")
@@ -69,8 +69,11 @@ class Policy:
         return stats.log_odds
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        """Positions to commit beyond the quota, bool [B, S]; decided ones are ignored. Nothing by default."""
-        return torch.zeros_like(state.undecided)
+        """Positions to commit beyond the quota, bool [B, S]; decided ones are ignored. By default what `rule` says,
+        nothing without one.
+        """
+        rule = self.rule(state.undecided.shape[1], stats.token.device)
+        return torch.zeros_like(state.undecided) if rule is None else select(rule, stats, state)
 
     def tokens(self, stats: RowStats, state: BlockState) -> Tensor:
         """What is committed where, int64 [B, S]; the predictions unless a rule says otherwise."""
@@ -104,15 +107,20 @@ class Policy:
         return None
 
     def rule(self, block_length: int, device: torch.device) -> Rule | None:
-        """The rule as data, if a kernel can decide by it; None has `score` and `select` called after every pass."""
+        """The rule as data, if a kernel can decide by it: `select` and the other methods are then not called, unless
+        they are the rule's own. None has them called after every pass.
+        """
         return None
 
     def default_steps(self, gen_length: int) -> int | None:
         """Steps of the static schedule when the caller gives none; None means a quota of one position a step."""
         return None
 
-    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
-        """Raise ValueError before the first forward pass if the rule cannot run with these settings."""
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> Policy | None:
+        """Raise ValueError before the first forward pass if the rule cannot run with these settings. What is returned
+        decodes instead of it: a copy that knows what the model alone can tell, as the object may serve others, too.
+        """
+        return None
 
     def begin(self, state: DecodeState) -> None:
         """Called once before the first forward pass of a decode: where a rule with a memory makes or checks it."""
@@ -120,15 +128,6 @@ class Policy:
     def __repr__(self) -> str:
         values = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({values})"
-
-
-class RulePolicy(Policy):
-    """A policy that is a `Rule`: kernels decide by it, and `select` is its definition in torch."""
-
-    def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        rule = self.rule(state.undecided.shape[1], stats.token.device)
-        assert rule is not None
-        return select(rule, stats, state)
 
 
 def _check_type(name: str, given: object, dtype: torch.dtype | None) -> None:

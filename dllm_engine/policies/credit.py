@@ -78,7 +78,7 @@ class Credit(Policy):
         return self._odds.log()
 
     def select(self, stats: RowStats, state: BlockState) -> Tensor:
-        return self._odds >= self.threshold * (1 + self._odds)
+        return self._odds.isposinf() | (self._odds >= self.threshold * (1 + self._odds))
 
     def tokens(self, stats: RowStats, state: BlockState) -> Tensor:
         return self._tokens

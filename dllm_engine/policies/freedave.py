@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -54,15 +56,24 @@ class FreeDave(Policy):
     def ends_wait(self, value: bool) -> None:
         self.rule_.ends_wait = value
 
+    @property
+    def of_one_batch(self) -> bool:  # type: ignore[override]
+        return self.rule_.of_one_batch
+
     def default_steps(self, gen_length: int) -> int | None:
         return self.rule_.default_steps(gen_length)
 
-    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> None:
+    def check(self, model: ModelFacts, *, block_length: int, cache: str) -> FreeDave:
         # more than a block has positions gain nothing, and one request must not fill a server's memory
         most = min(max(block_length, _DRAFTS), _MOST_DRAFTS)
         if self.drafts > most:
             raise ValueError(f"drafts: {self.drafts} given; 2 to {most} allowed with block_length {block_length}")
-        self.rule_.check(model, block_length=block_length, cache=cache)
+        rule = self.rule_.check(model, block_length=block_length, cache=cache)
+        if rule is None:
+            return self
+        made = copy.copy(self)
+        made.rule_ = rule
+        return made
 
     def begin(self, state: DecodeState) -> None:
         self._scores = torch.zeros(state.tokens.shape, dtype=torch.float32, device=state.tokens.device)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
+
 import torch
 
 from dllm_engine.config import ModelFacts
 from dllm_engine.filter import DEFAULT_THRESHOLD, LearnedFilter
-from dllm_engine.policies.base import RulePolicy, in_range
+from dllm_engine.policies.base import Policy, in_range
 from dllm_engine.rules import Rule, by_filter
 
 
-class Learn2PD(RulePolicy):
+class Learn2PD(Policy):
     """Commit undecided positions whose ``sigmoid(filter(statistics of the block)) > threshold``.
 
     Args:
@@ -22,9 +25,11 @@ class Learn2PD(RulePolicy):
     name = "learn2pd"
 
     def __init__(
-        self, filter: LearnedFilter | str, threshold: float | None = None, ends_wait: bool | None = None
+        self, filter: LearnedFilter | str | PathLike[str], threshold: float | None = None, ends_wait: bool | None = None
     ) -> None:
-        self.filter = filter if isinstance(filter, LearnedFilter) else LearnedFilter.from_pretrained(filter)
+        if not isinstance(filter, LearnedFilter | str | PathLike):
+            raise TypeError(f"filter: {type(filter).__name__} given; a LearnedFilter or the path of one is needed")
+        self.filter = filter if isinstance(filter, LearnedFilter) else LearnedFilter.from_pretrained(Path(filter))
         if threshold is None:
             threshold = self.filter.threshold if self.filter.threshold is not None else DEFAULT_THRESHOLD
         self.threshold = in_range("threshold", threshold, 0, 1)

@@ -33,6 +33,8 @@ class Prophet(Policy):
         self.early, self.middle = in_range("early", early, 0), in_range("middle", middle, 0)
         self.late, self.region = in_range("late", late, 0), region
         if region is not None:
+            if not isinstance(region, list | tuple) or len(region) != 2:
+                raise ValueError(f"region: {region!r} given; a pair (first, end) is needed")
             first = whole("region", region[0], 0)
             self.region = first, whole("region", region[1], first + 1)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from dllm_engine.policies.base import RulePolicy, in_range
+from dllm_engine.policies.base import Policy, in_range
 from dllm_engine.rules import Rule, by_bounds
 
 
-class Threshold(RulePolicy):
+class Threshold(Policy):
     """Commit every undecided position whose confidence is at least ``threshold`` (float32 against float32)."""
 
     name = "threshold"
@@ -21,7 +21,7 @@ class Threshold(RulePolicy):
         return by_bounds((self.threshold,) * block_length, device)
 
 
-class Factor(RulePolicy):
+class Factor(Policy):
     """Commit the n most confident, n the largest with c₍ₙ₎ ≥ 1 − factor / (n + 1), in float32."""
 
     name = "factor"

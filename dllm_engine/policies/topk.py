@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dllm_engine.noise import uniform_scores
-from dllm_engine.policies.base import RulePolicy
+from dllm_engine.policies.base import Policy
 from dllm_engine.rules import Rule, by_bounds
 from dllm_engine.state import BlockState
 from dllm_engine.stats import RowStats
 
 
-class TopK(RulePolicy):
+class TopK(Policy):
     """Low-confidence remasking (LLaDA, arXiv 2502.09992): the quota's most confident positions, nothing more.
 
     ``steps`` defaults to ``gen_length``: one token per step.

@@ -145,6 +145,7 @@ def install(put: Callable[[Any, str, Any], None]) -> Module:
     from dllm_engine import cuda
     from dllm_engine.backends import BACKENDS, Backend
 
+    gc.freeze()  # `memory_of` need not look through what there is already, which takes it a second
     module = Module(compiled("compute_80"))
     put(cuda, "_cuda", module)
     put(torch.cuda, "device", lambda device: contextlib.nullcontext())
