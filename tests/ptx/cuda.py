@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 import re
 import shutil
 import subprocess
@@ -63,6 +62,7 @@ class Module:
     def __init__(self, kernels: dict[str, Kernel]) -> None:
         self.kernels = kernels
         self.machines: dict[str, Machine] = {}
+        self.given: list[Tensor] = []  # what the next launch gets the addresses of
         self.launches = 0
 
     @staticmethod
@@ -114,21 +114,11 @@ class Module:
             self.machines[name] = Machine(self.kernels[name], shared)
         blocks = min(tiles * segments, 2 * PROCESSORS)
         order = torch.randperm(blocks).tolist()  # a GPU promises none
-        self.machines[name].run(memory_of(bytes(call)), (blocks,), [(bytes(call), bytes)], order)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.given}
+        memory = Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values() if s.nbytes())
+        self.machines[name].run(memory, (blocks,), [(bytes(call), bytes)], order)
+        self.given.clear()
         self.launches += 1
-
-
-def memory_of(call: bytes) -> Global:
-    """The storages of all tensors that something in a call points into."""
-    pointers = set(memoryview(call).cast("Q").tolist())
-    storages = {}
-    for thing in gc.get_objects():
-        plain = type(thing) in (Tensor, torch.nn.Parameter)  # others may have no storage
-        if plain and thing.device.type == "cpu" and thing.layout == torch.strided:
-            storage = thing.untyped_storage()
-            if any(storage.data_ptr() <= p < storage.data_ptr() + storage.nbytes() for p in pointers):
-                storages[storage.data_ptr()] = storage
-    return Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values())
 
 
 @functools.cache
@@ -142,12 +132,23 @@ def compiled(architecture: str) -> dict[str, Kernel]:
 
 def install(put: Callable[[Any, str, Any], None]) -> Module:
     """The backend ``cuda`` runs on CPU tensors; ``put`` is `setattr`, or what undoes it at the end of a test."""
-    from dllm_engine import cuda
+    from dllm_engine import cuda, step
     from dllm_engine.backends import BACKENDS, Backend
 
-    gc.freeze()  # `memory_of` need not look through what there is already, which takes it a second
     module = Module(compiled("compute_80"))
     put(cuda, "_cuda", module)
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            result = function(*values)
+            module.given += [value for value in (*values, *result) if isinstance(value, Tensor)]
+            return result
+
+        return call
+
+    for place, names in ((step, "matrix listed pointers"), (cuda, "_scratch")):
+        for name in names.split():
+            put(place, name, noted(getattr(place, name)))
     put(torch.cuda, "device", lambda device: contextlib.nullcontext())
     put(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     put(torch.cuda, "is_current_stream_capturing", lambda: False)
