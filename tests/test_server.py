@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -232,6 +234,24 @@ def test_control_tokens_are_text(client: Any) -> None:
 def test_any_text_is_answered(client: Any, text: str) -> None:
     answer = client.chat.completions.create(model="demo", messages=user(text), max_tokens=8)
     assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(("texts", "inline"), [([""] * 200, True), ([""] * 201, False), (["a" * 20_000], False)])
+def test_long_work_is_not_done_on_the_loop(
+    served: Served, client: Any, monkeypatch: pytest.MonkeyPatch, texts: list[str], inline: bool
+) -> None:
+    """Many texts take long, too, whatever is in them."""
+    on_loop: list[bool] = []
+
+    def encode(messages: Any) -> Any:
+        with contextlib.suppress(RuntimeError):
+            on_loop.append(bool(asyncio.get_running_loop()))
+        raise ValueError("nothing to decode")
+
+    monkeypatch.setattr(served.server.encoder, "chat", encode)
+    with pytest.raises(openai.BadRequestError, match="nothing to decode"):
+        client.chat.completions.create(model="demo", messages=[user(text)[0] for text in texts])
+    assert on_loop == [True] * inline
 
 
 def test_models_health_and_metrics(served: Served, client: Any) -> None:

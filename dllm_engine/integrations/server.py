@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from dllm_engine.model import LLaDA
 
 _log = logging.getLogger(__name__)
 _INLINE = 20_000  # characters that are encoded on the loop; more would hold up the others
+_EACH = 100  # characters that take as long as a text of none does
 _DRAINED = 8  # times max_body that is read of a body that is too long, so that its sender comes to read the answer
 
 
@@ -166,8 +167,8 @@ class Server:
         asked = protocol.parsed(protocol.ChatRequest, await self._body(request))
         self._check_model(asked.model)
         messages = asked.conversation()
-        size = sum(len(message["content"]) for message in messages)
-        prompt = await self._encoded(lambda: self.encoder.chat(messages), size, "messages")
+        texts = [message["content"] for message in messages]
+        prompt = await self._encoded(lambda: self.encoder.chat(messages), texts, "messages")
         return await self._answer(request, asked, [prompt], chat=True)
 
     async def complete(self, request: Request) -> Response:
@@ -182,7 +183,7 @@ class Server:
         def encode() -> list[list[int]]:
             return [self.encoder.text(p) if isinstance(p, str) else p for p in given]
 
-        prompts = await self._encoded(encode, sum(map(len, given)), "prompt")
+        prompts = await self._encoded(encode, given, "prompt")
         return await self._answer(request, asked, prompts, chat=False)
 
     # -- what they share ----------------------------------------------------------------------------------------------
@@ -222,9 +223,9 @@ class Server:
             raise ApiError(413, f"the body: more than {most:,} bytes, this server's limit", code="body_too_long")
         return bytes(body)
 
-    async def _encoded(self, encode: Callable[[], Any], size: int, param: str) -> Any:
+    async def _encoded(self, encode: Callable[[], Any], texts: Sequence[str | list[int]], param: str) -> Any:
         try:
-            inline = size <= _INLINE and not self.encoder.busy
+            inline = sum(len(text) + _EACH for text in texts) <= _INLINE and not self.encoder.busy
             return encode() if inline else await asyncio.to_thread(encode)
         except ValueError as error:
             raise ApiError(400, str(error), param=param, code="invalid_value") from None
