@@ -310,6 +310,7 @@ def _record(
     import torch
 
     from dllm_engine.evaluate import paired_loss, summary
+    from dllm_engine.options import resolve_backend
 
     loss: float | None = None
     upper: float | None = None
@@ -329,7 +330,7 @@ def _record(
         "steps": setting.policy.steps(setting.gen_length, setting.steps), **summary(rows),
         "loss": loss, "loss_upper": upper, "passes_ratio": ratio, "batch_size": args.batch_size, "seed": args.seed,
         "model": str(model.path), "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(), **by_task,
+        "threads": torch.get_num_threads(), "backend": resolve_backend("auto", model, 0.0), **by_task,
     }  # fmt: skip
 
 

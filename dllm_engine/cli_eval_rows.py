@@ -15,6 +15,7 @@ import torch
 from dllm_engine._version import __version__
 from dllm_engine.evaluate import Row, Setting
 from dllm_engine.model import LLaDA
+from dllm_engine.options import resolve_backend
 from dllm_engine.tasks import Sample
 from dllm_engine.tokenizer import has_template
 
@@ -23,7 +24,7 @@ class KeptRows:
     """A file of JSON lines for each setting; without a directory nothing is kept.
 
     A file's name has a hash of all that decides its rows, timings included: another model, question, setting, batch
-    size or machine starts another file.
+    size, machine or backend starts another file.
 
     Attributes:
         rows: of each setting, those of whole batches that an earlier run left.
@@ -52,6 +53,7 @@ class KeptRows:
             "model": str(model.path and model.path.resolve()),
             "files": [_stamp(file) for file in files],
             "machine": [str(model.device), str(model.dtype), torch.get_num_threads()],
+            "backend": resolve_backend("auto", model, 0.0),
             "batch_size": batch_size,
             "chat": has_template(model.tokenizer) if chat is None else chat,
             "samples": [asdict(sample) for sample in samples],

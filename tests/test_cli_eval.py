@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_evaluate import Calls, fresh
 
-from dllm_engine import LearnedFilter, LLaDA, cli, cli_eval, cli_options, evaluate, samples, tasks
+from dllm_engine import LearnedFilter, LLaDA, backends, cli, cli_eval, cli_options, evaluate, samples, tasks
 from dllm_engine.built_in import DEMO_MODEL, trained_tasks
 from dllm_engine.cli_eval_rows import KeptRows
 from dllm_engine.evaluate import Row, Setting
@@ -21,7 +21,7 @@ from dllm_engine.evaluate import Row, Setting
 FILTER = DEMO_MODEL / "filter.safetensors"
 KEYS = (
     "policy cache end_of_text block_length gen_length accuracy accuracy_low accuracy_high forward_passes"
-    " tokens_per_forward tokens_per_second prompts seconds device threads loss loss_upper passes_ratio"
+    " tokens_per_forward tokens_per_second prompts seconds device threads backend loss loss_upper passes_ratio"
 ).split()
 SMALL = ("--tasks", "copy", "reverse", "--prompts", "3", "--batch-size", "4", "--json")
 
@@ -89,7 +89,7 @@ def test_seeds_and_lengths_of_fresh_questions(command: Command, monkeypatch: pyt
     assert other != first
 
 
-def test_rows_are_kept_by_all_that_decides_them(tmp_path: Path) -> None:
+def test_rows_are_kept_by_all_that_decides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     model, setting = LLaDA.from_pretrained(tmp_path / "model", device="cpu"), Setting("topk")
 
@@ -100,6 +100,10 @@ def test_rows_are_kept_by_all_that_decides_them(tmp_path: Path) -> None:
     before = file(None)
     assert file(True) == before
     assert file(False) != before
+    with monkeypatch.context() as patch:
+        patch.setitem(backends.BACKENDS, "another", backends.BACKENDS["eager"])
+        patch.setenv("DLLM_BACKEND", "another")
+        assert file(None) != before
     (tmp_path / "model" / "chat_template.jinja").write_text("another", encoding="utf-8")
     assert file(None) != before
 
