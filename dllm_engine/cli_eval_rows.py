@@ -84,17 +84,17 @@ def _stamp(file: Path) -> list[Any]:
 
 def _read(file: Path, batch_size: int, total: int) -> list[Row]:
     """Rows of the whole batches in the file; what a killed run left behind them is cut off."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # not splitlines: U+2028
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # bytes: the cut may be within a character
     rows: list[Row] = []
     for line in lines:
         try:
-            row = Row(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
+            row = Row(**json.loads(line.decode()))
+        except (ValueError, TypeError):
             break
         if row.index != len(rows):
             break
         rows.append(row)
     rows = rows if len(rows) == total else rows[: len(rows) // batch_size * batch_size]
     if file.exists():
-        file.write_text("".join(line + "\n" for line in lines[: len(rows)]), encoding="utf-8")
+        file.write_bytes(b"".join(line + b"\n" for line in lines[: len(rows)]))
     return rows

@@ -137,11 +137,12 @@ def test_resuming_decodes_only_what_is_missing(command: Command, monkeypatch: py
     kept = rows("parts")
     assert sorted(map(len, kept.values())) == [2, 4]
     for name, own in kept.items():
-        with Path("parts", name).open("a", encoding="utf-8") as file:
+        with Path("parts", name).open("ab") as file:
             if len(own) == 4:
-                file.write(json.dumps(own[3] | {"index": 4}) + '\n{"index": 5, "task"')  # killed while writing
-            else:
-                file.writelines(json.dumps(row) + "\n" for row in own)  # rows again, as two runs at once would leave
+                torn = '{"index": 5, "task": "é'.encode()[:-1]  # killed while writing, within a character
+                file.write(b"\n".join([json.dumps(own[3] | {"index": 4}).encode(), torn, torn]))
+            else:  # rows again, as two runs at once would leave
+                file.writelines(json.dumps(row).encode() + b"\n" for row in own)
     calls = Calls(monkeypatch)
     status, resumed, err = command(*arguments, "--output", "parts")
     assert "resuming: 3 of 6 batches are in parts" in err
