@@ -195,18 +195,28 @@ def _latin(text: str, about: dict[str, Any]) -> bool:
 # -- GSM8K ------------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+# what makes a number the first of several that are still to be computed, units between them or not
+_MORE = rf"[)\s]*(?:[a-zA-Z%]+\s*)?(?:[-−+*/×÷^]|(?<![a-zA-Z])x|\\(?:times|cdot|div))[(\s]*{_NUMBER}"
 
 
 def final_number(text: str) -> Decimal | None:
     """The number that the last "the answer is" (or GSM8K's "####") states, else the last one; None without a number.
 
-    Stated is the first number of the sentence or line, or what its last "=" gives: "the answer is 10 - 3 = 7" is 7.
+    Stated is the first number of the sentence or line, or what its last "=" gives where that is one number: "the answer
+    is 10 - 3 = 7" is 7, "18 = 9 * 2" is 18.
     """
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))", ",", text)  # LaTeX between thousands
     _, *stated = re.split(r"the answer is|####", text, flags=re.IGNORECASE)
     sentences = re.split(r"[.!?](?=\s|$)|\n", stated[-1]) if stated else []
-    found = [match[0] for part in sentences if (match := re.search(_NUMBER, part.rpartition("=")[2]))]
-    number = found[0] if found else (re.findall(_NUMBER, text) or [None])[-1]
+    number = next(filter(None, map(_stated, sentences)), None) or (re.findall(_NUMBER, text) or [None])[-1]
     return None if number is None else Decimal(re.sub(r"[,$]", "", number))
+
+
+def _stated(sentence: str) -> str | None:
+    """The number that is alone on its side of "=", the last of several; else the first of the last side."""
+    sides = [re.search(f"({_NUMBER})({_MORE})?", side) for side in reversed(sentence.split("="))]
+    alone = [side[1] for side in sides if side and not side[2]]
+    return alone[0] if alone else sides[0] and sides[0][1]
 
 
 def _gsm8k(row: dict[str, Any], where: str) -> Sample:
