@@ -180,6 +180,7 @@ def test_other_subcommands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (("--tasks", "demo_copy", "--model_args", "mc_num=0"), "mc_num: 0 given; at least 1"),
         (("--tasks", "demo_copy", "--model_args", "max_length=-1"), "max_length: -1.0 given; an int"),
         (("--tasks", "demo_copy", "--model_args", "max_length=0"), "max_length: 0 given; at least 1"),
+        (("--tasks", "demo_copy", "--model_args", "max_length=5000"), "max_length: 5000 given; the model has max_seq"),
         (("--tasks", "demo_copy", "--device", "cuda:99"), "device: 'cuda:99' given; this torch sees"),
         (("--tasks", "demo_copy", "--model_args", "seed=-1"), "seed: -1.0 given; an int"),
     ],

@@ -64,8 +64,8 @@ class DLLMEngine(TemplateLM):
             pretrained: a checkpoint directory or hub id; "demo" is the built-in model.
             device, dtype: as for `LLaDA.from_pretrained`; the built-in model is float32 by default.
             batch_size: sequences at once; lm-eval's ``--batch_size``.
-            max_length: tokens of prompt and answer together, by default the model's. Longer prompts lose their
-                beginning, with a warning.
+            max_length: tokens of prompt and answer together, by default and at most the model's. Longer prompts lose
+                their beginning, with a warning.
             gen_length: tokens to generate; in a task the most is ``max_gen_toks``, which is decoded in whole blocks and
                 then cut; 256 where nobody says.
             seed: of masks and sampling; by default drawn from torch's generator, which lm-eval's ``--seed`` seeds.
@@ -90,7 +90,9 @@ class DLLMEngine(TemplateLM):
         self.tokenizer, self._device = self.model.tokenizer, self.model.device
         self.batch_size, self.mc_num, self.is_check_greedy = int(batch_size), int(mc_num), is_check_greedy
         longest = self.model.config.max_sequence_length
-        self.max_length, self.gen_length = min(max_length or longest, longest), gen_length
+        self.max_length, self.gen_length = int(max_length or longest), gen_length
+        if self.max_length > longest:
+            raise ValueError(f"max_length: {max_length} given; the model has max_sequence_length {longest}")
         self.seed = checks.check_seeds(seed, 1)[0]
         checks.check_count("block_length", self._option("block_length"))
         resolved = Options.resolve(self.model, longest_prompt=1, gen_length=self._lengths({})[1], **self.options)
