@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_engine import jsonl
-from dllm_engine.tasks import Sample, lists
+from dllm_engine.tasks import Sample, grids, lists
 
 BENCHMARKS = ("parallelbench", "gsm8k")
 GSM8K_LENGTH = 256  # tokens of a canvas: the working is the model's own, so the gold answer does not tell
@@ -117,7 +117,7 @@ def _parallelbench(task: str, config: dict[str, Any], row: dict[str, Any], where
 def _gold(metric: str, answer: Any) -> dict[str, Any]:
     """What the scorer needs, checked."""
     if metric == "sudoku_score":
-        if _sudoku_rows(answer) is None:
+        if grids.rows(answer) is None:
             raise ValueError(f"answer: {answer!r} is no solved 4x4 grid")
         return {"solution": answer}
     if metric == "latin_square_score":
@@ -127,18 +127,14 @@ def _gold(metric: str, answer: Any) -> dict[str, Any]:
         return {"symbols": symbols}
     if metric == "list_match_score":
         items = json.loads(answer)
-        if not _are_names(items):
+        if not lists.are_names(items):
             raise ValueError(f"answer: {answer!r} is no list of texts")
         return {"items": items}
     word = answer.get("word")
     needs_word = metric in ("list_random_insert_score", "list_random_replace_score")
-    if not _are_names(answer["input"]) or needs_word != isinstance(word, str) or answer.get("n_words", 1) != 1:
+    if not lists.are_names(answer["input"]) or needs_word != isinstance(word, str) or answer.get("n_words", 1) != 1:
         raise ValueError(f"answer: a list of texts{' and one word' * needs_word} are needed")
     return {"items": answer["input"], "word": word}
-
-
-def _are_names(items: Any) -> bool:
-    return isinstance(items, list) and bool(items) and all(isinstance(item, str) for item in items)
 
 
 def _example(answer: Any) -> str:
@@ -174,14 +170,8 @@ def _list_scorer(task: str | None) -> Callable[[str, dict[str, Any]], bool]:
 
 
 def _sudoku(text: str, about: dict[str, Any]) -> bool:
-    rows = _sudoku_rows(text)
-    return rows is not None and rows == _sudoku_rows(about["solution"])
-
-
-def _sudoku_rows(text: str) -> list[str] | None:
-    """Four lines of four digits and nothing else; empty lines do no harm."""
-    rows = [line.strip() for line in text.split("\n") if line.strip()]
-    return rows if len(rows) == 4 and all(re.fullmatch(r"[1-4]{4}", row) for row in rows) else None
+    rows = grids.rows(text)
+    return rows is not None and rows == grids.rows(about["solution"])
 
 
 def _latin(text: str, about: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,8 @@ def from_parallelbench(row: dict[str, Any], task: str) -> Sample:
         if task == "latin_square":
             return _latin(list(given["symbols"]), random.Random(0))
         items = json.loads(given["context"])
+        if not lists.are_names(items):
+            raise ValueError(f"context: {given['context']!r} given; a list of texts is needed")
         sample = _list_sample(task, items, given.get("word"), given.get("index"), random.Random(0))
         answer = json.loads(row["answer"]) if isinstance(row["answer"], str) else None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -147,20 +150,29 @@ def _known(task: str) -> None:
 
 
 def _list_sample(task: str, items: list[str], word: str | None, index: int | None, rng: random.Random) -> Sample:
-    rule = _LISTS[task]
-    if rule.word and word is None:
-        raise KeyError("word")
-    if rule.index and index is None:
-        raise KeyError("index")
+    rule, last = _LISTS[task], len(items) - (task != "insert_index")
+    if rule.word and not isinstance(word, str):
+        raise ValueError(f"word: {word!r} given; a text is needed")
+    if rule.index and (type(index) is not int or not 0 <= index <= last):
+        raise ValueError(f"index: {index!r} given; 0 to {last} allowed")
     prompt = lists.question(task, items, word, index)
     about = {"items": items, "word": word, "index": index}
     return Sample(task, prompt, lists.render(rule.answer(items, word, index, rng)), about)
 
 
 def _sudoku(puzzle: str, solution: str) -> Sample:
+    given, solved = grids.rows(puzzle, "0-4"), grids.rows(solution)
+    if not given or not solved or any(p not in ("0", d) for p, d in zip("".join(given), "".join(solved), strict=True)):
+        raise ValueError(
+            f"sudoku, answer: {puzzle!r}, {solution!r} given; a 4x4 grid of 0 to 4 is needed, and one of 1 to 4 that"
+            " agrees with it"
+        )
+    puzzle, solution = "\n".join(given), "\n".join(solved)
     return Sample("sudoku", f"Sudoku: {grids.render(puzzle)}", grids.render(solution), {"solution": solution})
 
 
 def _latin(symbols: list[str], rng: random.Random) -> Sample:
+    if not len(symbols) == len({*symbols}) == 4 or not all(re.fullmatch(r"[^\s,]", symbol) for symbol in symbols):
+        raise ValueError(f"symbols: {symbols} given; four different characters are needed, no space or comma")
     answer = grids.render(grids.make_latin(symbols, rng))
     return Sample("latin_square", "Latin square: " + " ".join(symbols), answer, {"symbols": symbols})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from functools import cache
 from itertools import permutations
 from typing import Any
@@ -53,6 +54,12 @@ def make_sudoku(rng: random.Random, given: int = 12) -> tuple[str, str]:
 def make_latin(symbols: list[str], rng: random.Random) -> str:
     table = str.maketrans("1234", "".join(symbols))
     return "\n".join(rng.choice(_latin_squares())).translate(table)
+
+
+def rows(text: str, digits: str = "1-4") -> list[str] | None:
+    """Four lines of four of the digits and nothing else; empty lines do no harm."""
+    rows = [line.strip() for line in text.split("\n") if line.strip()]
+    return rows if len(rows) == 4 and all(re.fullmatch(f"[{digits}]{{4}}", row) for row in rows) else None
 
 
 def render(grid: str) -> str:

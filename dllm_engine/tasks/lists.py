@@ -68,6 +68,11 @@ TASKS: dict[str, Rule] = {
 }
 
 
+def are_names(items: Any) -> bool:
+    """Whether it is a list of texts, at least one."""
+    return isinstance(items, list) and bool(items) and all(isinstance(item, str) for item in items)
+
+
 def render(items: list[str]) -> str:
     return ", ".join(items)
 
