@@ -15,13 +15,17 @@ def read(file: str | Path, limit: int | None = None) -> list[tuple[str, dict[str
     """The first ``limit`` objects of a file ("-": of stdin), each with where it stands: "name, line 7".
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a directory, no row, or one that is no object; says where.
+        FileNotFoundError: no such file.
+        ValueError: a directory, a closed stdin, no row, or one that is no object; says where.
     """
     name = "stdin" if file == "-" else str(file)
     if Path(file).is_dir():
         raise ValueError(f"{name}: a directory given; a file of JSON lines is needed")
+    if file == "-" and sys.stdin is None:
+        raise ValueError("stdin: closed; rows are needed")
+    stop = None if limit is None else min(limit, sys.maxsize)
     with contextlib.nullcontext(sys.stdin) if file == "-" else open(file, encoding="utf-8") as lines:
-        rows = list(islice(_objects(lines, name), limit))
+        rows = list(islice(_objects(lines, name), stop))
     if not rows:
         raise ValueError(f"{name}: no row in it")
     return rows

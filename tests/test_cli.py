@@ -222,6 +222,13 @@ def test_bad_rows_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, 
     assert "no row in it" in run(capsys, "generate", "--prompts", str(file))[2]
 
 
+def test_rows_of_a_closed_stdin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run(capsys, "generate", "--prompts", "-", *LENGTH)
+    assert status == 2
+    assert "stdin: closed; rows are needed" in err
+
+
 def test_a_terminal_gets_answers_without_a_bar_between(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

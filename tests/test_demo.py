@@ -51,7 +51,8 @@ def test_demo_on_published_files(capsys: pytest.CaptureFixture[str], tmp_path: P
     status, out, _ = run(capsys, "demo", "--data", *map(str, files), "--limit", "3")
     assert status == 0
     assert "shuffle.jsonl" in out
-    rows = json.loads(run(capsys, "demo", "--data", *map(str, files), "--json", "--batch-size", "2")[1])
+    all_of_them = ("--limit", "9" * 30, "--json", "--batch-size", "2")
+    rows = json.loads(run(capsys, "demo", "--data", *map(str, files), *all_of_them)[1])
     assert [(Path(r["file"]).name, r["prompts"]) for r in rows[::4]] == [(f.name, 4) for f in files]
     assert rows[1]["accuracy"] >= 0.5
     assert rows[1]["accuracy_low"] <= rows[1]["accuracy"] <= rows[1]["accuracy_high"]
