@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -39,7 +40,7 @@ def _objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, A
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text, parse_float=_finite, parse_constant=_finite)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({error})") from None
             if "\\u" in text and not _encodes(row):
@@ -49,6 +50,12 @@ def _objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, A
             yield where, row
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 ({error})") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} given; a finite number is needed")  # JSON could not say it in an answer
+    return number
 
 
 def _encodes(row: Any) -> bool:
