@@ -210,9 +210,12 @@ def test_other_content_types_paths_and_methods(client: Any) -> None:
     good = {"content-type": "Application/JSON; charset=utf-8"}
     assert client.post(CHAT, content=body, headers=good).status_code == 200
     refusal(client.post("/v1/embeddings", json={}), 404)
-    refusal(client.get("/"), 404)
-    refusal(client.get(CHAT), 405)
-    refusal(client.delete("/v1/models"), 405)
+    assert refusal(client.get("/"), 404)["code"] == "not_found"
+    for response, allowed in ((client.get(CHAT), {"POST"}), (client.delete("/v1/models"), {"GET", "HEAD"})):
+        error = refusal(response, 405)
+        assert error["code"] == "method_not_allowed"
+        assert error["message"].endswith(": not allowed")
+        assert {*response.headers["allow"].split(", ")} == allowed
     assert refusal(client.post(CHAT, json=GOOD | {"model": "gpt-4o"}), 404)["code"] == "model_not_found"
 
 

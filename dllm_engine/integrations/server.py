@@ -68,11 +68,10 @@ def create_app(model: LLaDA, settings: Settings) -> FastAPI:
 
 async def _unrouted(request: Request, error: Exception) -> Response:
     """No such path, or not with this method."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    what = f"{request.method} {request.url.path}"
-    return error_response(
-        ApiError(status, f"{what}: not found" if status == 404 else f"{what}: not allowed", code="not_found")
-    )
+    assert isinstance(error, HTTPException)
+    code, says = ("not_found", "not found") if error.status_code == 404 else ("method_not_allowed", "not allowed")
+    message = f"{request.method} {request.url.path}: {says}"
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
 
 
 class Server:
