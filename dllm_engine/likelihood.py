@@ -69,7 +69,7 @@ def log_likelihood(
     if model.config.block_size:
         raise ValueError("model: a block-causal one given; the estimate is of models whose rows see all columns")
     _check_requests(model, contexts, targets)
-    return _estimates(model, contexts, targets, samples, seed, batch_size, cfg_scale, backend)
+    return _estimates(model, contexts, targets, samples, seed, batch_size, float(cfg_scale), backend)
 
 
 def _check_requests(model: LLaDA, contexts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:

@@ -124,8 +124,8 @@ class Options:
             cache=cache,
             end_of_text="committed" if end_of_text == "auto" else end_of_text,
             backend=resolve_backend(backend, model, cfg_scale),
-            temperature=temperature,
-            cfg_scale=cfg_scale,
+            temperature=float(temperature),
+            cfg_scale=float(cfg_scale),
             alignment=inputs.alignment_of(model, block_length),
         )
 

@@ -194,3 +194,13 @@ def test_weights_that_no_call_could_multiply() -> None:
     ):
         with pytest.raises(error, match=message):
             decode(model, [[4, 5]], gen_length=8, block_length=8)
+
+
+@pytest.mark.parametrize("name", ["temperature", "cfg_scale"])
+def test_numbers_may_be_of_numpy(name: str) -> None:
+    made = tiny_model()
+    settings: dict[str, Any] = {"gen_length": 8, "block_length": 8, "seed": 0}
+    expected = decode(made, [[5, 3]], **settings, **{name: 0.5})
+    out = decode(made, [[5, 3]], **settings, **{name: np.float32(0.5)})
+    assert torch.equal(out.sequences, expected.sequences)
+    assert type(out.settings[name]) is float
