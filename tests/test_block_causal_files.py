@@ -124,7 +124,7 @@ def test_a_config_as_transformers_5_writes_it(raw: dict[str, Any]) -> None:
         (LLADA2, {"partial_rotary_factor": 0.2}, "partial_rotary_factor is 0.2; up to 1 and, of head_dim, 16, an even"),
         (LLADA2, {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; up to 1"),
         (LLADA2, {"partial_rotary_factor": 0}, "partial_rotary_factor is 0.0; up to 1"),
-        (LLADA2, {"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half'; a number is needed"),
+        (LLADA2, {"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half'; a finite number is needed"),
         (LLADA2, {"mask_token_id": None}, "key 'mask_token_id' is missing"),
         (SDAR, {"attention_bias": True}, "attention_bias is True; supported: False"),
         (SDAR, {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_scaling is {"),
