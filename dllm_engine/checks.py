@@ -27,12 +27,17 @@ def check_counts(**counts: Any) -> None:
         check_count(name, value)
 
 
+def is_number(value: Any) -> bool:
+    """An int or a float, numpy's too, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_options(*, end_of_text: str = "auto", temperature: float = 0.0, cfg_scale: float = 0.0) -> None:
     """Unknown names and numbers out of range raise ValueError."""
     if end_of_text not in END_OF_TEXT:
         raise ValueError(f"end_of_text: {end_of_text!r} given; known: {', '.join(END_OF_TEXT)}")
     for name, number in (("temperature", temperature), ("cfg_scale", cfg_scale)):
-        if isinstance(number, bool) or not (isinstance(number, Real) and 0 <= number <= LARGEST):
+        if not is_number(number) or not 0 <= number <= LARGEST:
             raise ValueError(f"{name}: {number!r} given; a finite number ≥ 0, at most {LARGEST:g}, is needed")
 
 

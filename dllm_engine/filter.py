@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_engine import features
-from dllm_engine.checks import check_counts
+from dllm_engine.checks import check_counts, is_number
 from dllm_engine.config import ModelFacts
 
 FILTER_FILE = "filter.safetensors"
@@ -67,10 +66,8 @@ class LearnedFilter(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} given; {' or '.join(allowed)} allowed")
         check_counts(block_length=block_length, hidden=hidden)
-        if threshold is not None:
-            number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-            if not number or not 0 <= threshold <= 1:
-                raise ValueError(f"threshold: {threshold!r} given; 0 to 1 allowed")
+        if threshold is not None and not (is_number(threshold) and 0 <= threshold <= 1):
+            raise ValueError(f"threshold: {threshold!r} given; 0 to 1 allowed")
         for name, facts in (("ids", ids), ("about", about)):
             if not isinstance(facts, dict | None):
                 raise TypeError(f"{name}: {type(facts).__name__} given; a dict is needed")

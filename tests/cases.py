@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,3 +139,15 @@ def compare(stats: RowStats, expected: dict[str, np.ndarray]) -> dict[str, float
             excused += 1
     assert excused <= len(x) // 100
     return {name: float(error.max(initial=0)) for name, error in errors.items()}
+
+
+def run_tests(*arguments: str, **environment: str) -> None:
+    """Other tests in a process of their own, where how Triton's kernels run is chosen before it is imported."""
+    options = ["-x", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-m", "not slow and not gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import matrices
+from cases import matrices, run_tests
 from test_decode_step import STATE, fresh_state, rules_for
 
 from dllm_engine import backends, native, ops
@@ -264,23 +260,7 @@ def test_auto_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def interpreted(*arguments: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "DLLM_BACKEND": "triton"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-o",
-        "addopts=--import-mode=importlib",
-        "-W",
-        "ignore",
-        "-m",
-        "not slow and not gpu",
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_tests(*arguments, TRITON_INTERPRET="1", DLLM_BACKEND="triton")
 
 
 BY_INTERPRETER: dict[str, list[str]] = {

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import SLOWLY, compare, matrices, truth
+from cases import SLOWLY, compare, matrices, run_tests, truth
 from ptx import cuda as ptx_cuda
 from ptx.machine import Machine
 from ptx.memory import Fault, Global
@@ -370,9 +367,4 @@ def test_the_cuda_kernel_scores_rows(monkeypatch: pytest.MonkeyPatch, rows: int)
 def test_kernels_as_compiled(file: str, architecture: str) -> None:
     """The kernels' own tests; for sm_80 those of the CUDA kernel too."""
     pytest.importorskip("triton")
-    options = ["-x", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-m", "not slow and not gpu"]
-    command = [sys.executable, "-m", "pytest", *options, f"tests/{file}"]
-    environment = os.environ | {"DLLM_TEST_PTX": architecture, "DLLM_BACKEND": "triton"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_tests(f"tests/{file}", DLLM_TEST_PTX=architecture, DLLM_BACKEND="triton")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ptx.machine import Machine
-from ptx.memory import Global
+from ptx.memory import memory_of
 from ptx.text import Kernel, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +114,7 @@ class Module:
             self.machines[name] = Machine(self.kernels[name], shared)
         blocks = min(tiles * segments, 2 * PROCESSORS)
         order = torch.randperm(blocks).tolist()  # a GPU promises none
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.given}
-        memory = Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values() if s.nbytes())
-        self.machines[name].run(memory, (blocks,), [(bytes(call), bytes)], order)
+        self.machines[name].run(memory_of(self.given), (blocks,), [(bytes(call), bytes)], order)
         self.given.clear()
         self.launches += 1
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 POISON = 0xFF  # NaN in every float, -1 in every integer
@@ -145,3 +147,9 @@ class Global:
         if sum(mine.sum() for _, mine in found) < len(address):
             raise Fault(f"{what}: outside every array")
         return found
+
+
+def memory_of(tensors: Iterable[Tensor]) -> Global:
+    """The storages that they are views of."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values() if s.nbytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptx.machine import Machine
-from ptx.memory import Fault, Global
+from ptx.memory import Fault, memory_of
 from ptx.text import parse
 
 NAMES = {
@@ -43,7 +43,7 @@ class Device:
         given = dict(zip(names, values, strict=False)) | {k: v for k, v in options.items() if k in names}
         options = {k: v for k, v in options.items() if k not in names}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        memory = _memory(tensors.values())
+        memory = memory_of(tensors.values())
 
         signature, constants, attributes = {}, {}, {}
         arguments: list[tuple[Any, Any]] = []
@@ -101,12 +101,6 @@ def _for_old_triton(signature: Any, constants: Any, attributes: Any) -> tuple[An
     divisible = {"arg_properties": {"tt.divisibility": [n for (n,) in attributes]}, "cls": "AttrsDescriptor"}
     types = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     return types, {names[n]: value for (n,), value in constants.items()}, AttrsDescriptor.from_dict(divisible)
-
-
-def _memory(tensors: Iterable[Tensor]) -> Global:
-    """Of the storages that they are views of."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    return Global(torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values() if s.nbytes())
 
 
 def install(device: Device, put: Callable[[Any, str, Any], None]) -> None:
