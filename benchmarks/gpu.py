@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,8 @@ BENCHMARKS = (  # in the order of what is lost if time runs out
 )
 KERNELS = "row_stats decode_step block_attention layer_kernels products fused_layer gpu"
 TESTS = [f"test_{name}" for name in KERNELS.split()]
-STEPS = ("tests", "memcheck", "racecheck", *(name for name, _, _ in BENCHMARKS), "counters")
+CHECKS = ("tests", "memcheck", "racecheck")  # nothing is timed in them: they run side by side
+STEPS = (*CHECKS, *(name for name, _, _ in BENCHMARKS), "counters")
 # what a kernel waits for, and how much of each unit's time it uses
 SECTIONS = (
     "SpeedOfLight MemoryWorkloadAnalysis ComputeWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats".split()
@@ -96,13 +98,16 @@ def main() -> None:
         log = args.output / "gpu.log"
         environment["DLLM_RESULTS"] = str(args.output.resolve())
 
-    def run(title: str, command: list[str], limit: float = args.seconds, **extra: str) -> int:
+    def run(title: str, command: list[str], limit: float = args.seconds, label: str = "", **extra: str) -> int:
         left = min(limit, args.seconds - (time.monotonic() - began))
         print(f"\n== {title} ({left:.0f} s left)", flush=True)
         if left <= 0:
             print("left out: no time")
             return 1
-        return watched(command, left, environment | extra, log)
+        return watched(command, left, environment | extra, log, label)
+
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     python = sys.executable
     archs = "sm_80 sm_90a compute_90" if args.dry_run else card()
@@ -134,15 +139,21 @@ def main() -> None:
     wanted = [step for step in steps(python, pytest, chosen, sanitizer, ncu) if step.name in args.only]
     if not wanted:
         sys.exit("nothing to run")
-    failures = [step.name for step in wanted if run(*step)]
+    checks = [step for step in wanted if step.name in CHECKS]
+    with ThreadPoolExecutor(len(CHECKS)) as pool:
+        codes = list(pool.map(lambda step: run(*step, label=f"{step.name}: "), checks))
+    failures = [step.name for step, code in zip(checks, codes, strict=True) if code]
+    failures += [step.name for step in wanted if step not in checks and run(*step)]
     print(f"\n{'failed: ' + ', '.join(failures) if failures else 'all passed'}; {time.monotonic() - began:.0f} s")
     sys.exit(bool(failures))
 
 
-def watched(command: list[str], seconds: float, environment: Mapping[str, str], log: Path | None) -> int:
-    """Run a command, print what it prints, and add it to the log; its exit status, 1 if it was stopped in time."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background; children would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def watched(
+    command: list[str], seconds: float, environment: Mapping[str, str], log: Path | None, label: str = ""
+) -> int:
+    """Run a command, print what it prints, ``label`` before each line, and add it to the log; its exit status, 1 if it
+    was stopped in time.
+    """
     child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -153,12 +164,12 @@ def watched(command: list[str], seconds: float, environment: Mapping[str, str], 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    show = threading.Thread(target=tee, args=(child.stdout, log), daemon=True)
+    show = threading.Thread(target=tee, args=(child.stdout, log, label), daemon=True)
     show.start()
     try:
         code = child.wait(seconds)
     except subprocess.TimeoutExpired:
-        print("stopped: no time", flush=True)
+        print(f"{label}stopped: no time", flush=True)
         os.killpg(child.pid, signal.SIGINT)  # pytest then tells what it knows
         code = 1
         try:
@@ -169,9 +180,10 @@ def watched(command: list[str], seconds: float, environment: Mapping[str, str], 
     return code
 
 
-def tee(lines: Iterable[str], log: Path | None) -> None:
+def tee(lines: Iterable[str], log: Path | None, label: str) -> None:
     """Print lines as they come, and add them to the log."""
     for line in lines:
+        line = label + line
         print(line, end="", flush=True)
         if log is not None:
             with log.open("a", encoding="utf-8") as out:
@@ -180,7 +192,7 @@ def tee(lines: Iterable[str], log: Path | None) -> None:
 
 def steps(python: str, pytest: list[str], chosen: list[str], sanitizer: str | None, ncu: str | None) -> list[Step]:
     # most of their time goes to compiling hundreds of kernels, each on one core
-    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+    workers = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
     together = workers if importlib.util.find_spec("xdist") is not None else []
     threads = ["env", "OMP_NUM_THREADS=2"]  # not the machine's in each worker
     found = [Step("tests", [*threads, *pytest, *together, "-v", "-rfE", *chosen], 300)]  # named as they fail

@@ -67,6 +67,7 @@ def one_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
     if on_gpu and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # others may need what this one took
         except RuntimeError:
             os._exit(1)
 
