@@ -47,7 +47,7 @@ def compile_tiles(rows: int, config: Config) -> str:
 
 def logits_of(found: tuple[Tensor, Tensor]) -> Tensor:
     """The best logit of each row."""
-    return found[0][3].amax(0)
+    return found[0][3].amax(1)
 
 
 def main() -> None:

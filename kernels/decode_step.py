@@ -128,7 +128,7 @@ def _score_rows(
 
     if not SAMPLE:
         won, token, logit = best, best_id, best
-    out = segment * count + r
+    out = r * segments + segment  # a row's parts lie side by side, as the merge reads them
     size = segments * count
     tl.store(floats + out, won, mask=live)
     tl.store(floats + size + out, logit, mask=live)
@@ -217,12 +217,15 @@ def _of_step(step: Step | None, none: Tensor) -> tuple[tuple[Tensor, ...], tuple
 
 
 def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, step: Step | None = None) -> None:
-    """Merge partial states. A launch of its own: the few programs that commit would take long over all rows."""
-    _, segments, count = parts[0].shape
+    """Merge partial states. A launch of its own: the few programs that commit would take long over all rows. A warp
+    has a row, so that its reductions need no shared memory.
+    """
+    _, count, segments = parts[0].shape
     tensors, sizes, constants = _of_step(step, ids)
-    finish_rows[(triton.cdiv(count, 4),)](
+    rows = 4 if interpreted() else 1  # which takes its time for each program
+    finish_rows[(triton.cdiv(count, rows),)](
         *parts, ids, values, *tensors[:3], count, segments, *sizes[:2], **constants,
-        SEGMENTS=_padded(segments), ROWS=4, num_warps=8, enable_fp_fusion=True,
+        SEGMENTS=_padded(segments), ROWS=rows, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -231,10 +234,10 @@ def _score(
     probe_logits: Tensor, temperature: float, noise_keys: Tensor, step: Step | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Partial states [fields, segments, count] of all rows."""
+    """Partial states [fields, count, segments] of all rows."""
     segments = triton.cdiv(len(head), SEGMENT)
-    floats = torch.empty(FLOATS, segments, count, dtype=torch.float32, device=head.device)
-    ints = torch.empty(INTS, segments, count, dtype=torch.int32, device=head.device)
+    floats = torch.empty(FLOATS, count, segments, dtype=torch.float32, device=head.device)
+    ints = torch.empty(INTS, count, segments, dtype=torch.int32, device=head.device)
     tensors, sizes, constants = _of_step(step, rows[:0])
     # the interpreter multiplies the bits of bfloat16 as integers
     upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)

@@ -35,7 +35,7 @@ def best_of(values, ids):
 def _merge_rows(floats, ints, out_ids, out_values, r, live, count, segments, SEGMENTS: tl.constexpr):
     """Merge the partial states of rows ``r`` and write their statistics. All segments at once: a fixed order."""
     s = tl.arange(0, SEGMENTS)
-    at = s[None, :] * count + r[:, None]
+    at = r[:, None] * segments + s[None, :]
     mask = live[:, None] & (s < segments)[None, :]
     size = segments * count
     won = tl.load(floats + at, mask=mask, other=NEG_INF)

@@ -22,10 +22,10 @@ class Config:
 # tiles, which read the rows less often. Many rows compute: the larger the tile, the less comes through L2. None spills
 # registers (tests/test_triton_compiles.py). The first table needs the 227 KB of shared memory of sm_90 and sm_100.
 WIDE: dict[int | None, Config] = {
-    16: Config(16, 128, 64, 4, 4),
-    32: Config(32, 256, 64, 8, 4),
-    64: Config(64, 256, 64, 8, 3),
-    None: Config(128, 256, 64, 8, 4),
+    16: Config(16, 64, 128, 8, 4),
+    32: Config(32, 128, 128, 4, 3),
+    64: Config(64, 128, 64, 4, 4),
+    None: Config(128, 256, 64, 8, 3),
 }
 NARROW: dict[int | None, Config] = {
     16: Config(16, 128, 64, 4, 4),

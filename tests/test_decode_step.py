@@ -49,7 +49,7 @@ def fresh_state(seed: int, *, batch: int = 4, blocks: int = 2, width: int = 8, d
         state.progress[b, 5] = state.undecided[b].sum()
         state.progress[b, 2] = min(draw(0, 3), width - 1)
     state.predicted = torch.randint(-1, 60, state.tokens.shape, generator=generator)
-    for name in ("tokens", "undecided", "predicted", "progress", "seeds", "quota", "padding"):
+    for name in (*STATE, "seeds", "quota", "padding", "end_ids"):
         setattr(state, name, getattr(state, name).to(device))
     return state
 

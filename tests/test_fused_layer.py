@@ -86,11 +86,13 @@ def test_hidden_states(device: str, dtype: torch.dtype, bias: bool) -> None:
     exact = joined_model(device, torch.float64, include_qkv_bias=bias)
     exact.load_state_dict(model.state_dict())
     truth = BlockCall(exact)
-    expected = truth.run(Kernels.NONE), truth.kv.data
+    exact_result = truth.run(Kernels.NONE), truth.kv.data
     errors = []
     for way in WAYS:
         call = BlockCall(model)
-        found = call.run(way), call.kv.data
+        result = call.run(way), call.kv.data
+        # of rows that go to the spare column, the last, any may win
+        found, expected = ((hidden, kv[..., :-1, :]) for hidden, kv in (result, exact_result))
         errors.append([float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True)])
         changed = (call.kv.data != call.before).any(-1).nonzero()
         assert {(int(b), int(column)) for _, _, b, _, column in changed} == {
@@ -98,7 +100,7 @@ def test_hidden_states(device: str, dtype: torch.dtype, bias: bool) -> None:
         }
     theirs, *others = errors
     for mine in others:
-        assert all(error <= 2 * eager + 1e-6 for error, eager in zip(mine, theirs, strict=True))
+        assert all(error <= 2 * eager + 1e-6 for error, eager in zip(mine, theirs, strict=True)), errors
 
 
 class Launch:

@@ -60,8 +60,8 @@ def test_linear(
     assert product.shape == (*shape[:-1], size)
     assert product.dtype == dtype
     if parts is not None:
-        tiles = math.ceil(depth / config_for(1).depth)
-        used = math.ceil(tiles / math.ceil(tiles / parts))  # each takes whole tiles
+        units = math.ceil(depth / products.UNIT)
+        used = math.ceil(units / math.ceil(units / parts))  # each takes whole units
         assert (len(product.sums) if isinstance(product, Parts) else 1) == used
     truth, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     eps = torch.finfo(dtype).eps
@@ -84,16 +84,16 @@ def test_each_row_is_on_its_own(device: str) -> None:
 
 
 def test_every_matrix_is_read_by_enough_programs() -> None:
-    """LLaDA-8B's: 128 to 192 programs, which an H100 or A100 runs all at once, two on a multiprocessor."""
+    """LLaDA-8B's: 192 to 384 programs, which an H100 runs all at once, three on a multiprocessor."""
     config = config_for(32)
     found = {
         (size, depth): math.ceil(size / config.features) * shares(size, depth, config)
         for size, depth in ((12288, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
     }
-    assert set(found.values()) == {128, 192}
+    assert set(found.values()) == {192, 256, 384}
     assert shares(4096, 12288, config) == shares(4096, 4096, config) == 4
     assert shares(64, 64, config) == shares(24576, 4096, config) == 1
-    assert shares(128, 1024, config) == 4  # never under four tiles each
+    assert shares(128, 1024, config) == 2  # never under 512 each
 
 
 # -- what reads parts -----------------------------------------------------------------------------------------------

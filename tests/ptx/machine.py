@@ -223,7 +223,7 @@ class Machine:
             return np.broadcast_to(bits.view(dtype), self.threads)
         if kind == "pred":
             return np.full(self.threads, operand in ("-1", "1"))
-        number = int(operand, 0)
+        number = int(operand.removesuffix("U"), 0)
         if dtype.kind == "f":
             return np.full(self.threads, number, UINT[dtype.itemsize * 8]).view(dtype)
         return np.full(self.threads, number & ((1 << 8 * dtype.itemsize) - 1), UINT[8 * dtype.itemsize]).view(dtype)
