@@ -331,4 +331,8 @@ class Block(nn.Module):
         h = block_attention(q, *cache.seen, *bounds, early=early).transpose(1, 2).flatten(2)  # a view
         delta = linear(h, self.attn_out.weight)
         x, h = add_norm(x, delta, self.ff_norm.weight, self.ff_norm.eps, early=early)
-        return x, linear(silu_mul(linear(h, joined.gate_up), early=early), self.ff_out.weight)
+        if own:
+            h = products.gated_linear(h, joined.gate_up, early=early)
+        else:
+            h = silu_mul(F.linear(h, joined.gate_up), early=early)
+        return x, linear(h, self.ff_out.weight)

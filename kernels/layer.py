@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dllm_engine.kernel_limits import DTYPES, HEAD_DIMS, check_device
 from dllm_engine.kernels.early import begin, launch_early
-from dllm_engine.kernels.products import Parts, load_product, taken_apart
+from dllm_engine.kernels.products import Parts, load_product, silu, taken_apart
 
 MAX_SIZE = 2**14  # of a row that is normed: one program holds it in its registers
 HALVES = 512  # elements of left halves that a program rotates: with two warps 16 bytes a thread and access in bfloat16
@@ -96,8 +96,7 @@ def _silu_mul(
     at = row * row_stride + f
     gate = load_product(gate_up, at, live, part_stride, PARTS, out)
     up = load_product(gate_up, at + size, live, part_stride, PARTS, out)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * size + f, (gate * up).to(out.dtype.element_ty), mask=live)
+    tl.store(out + row * size + f, (silu(gate, out) * up).to(out.dtype.element_ty), mask=live)
 
 
 def norm_tile(size: int) -> tuple[int, int]:

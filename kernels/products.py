@@ -22,8 +22,6 @@ from dllm_engine.kernels.early import gdc_launch_dependents, gdc_wait, launch_ea
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_ROWS = 64  # with more, products are multiplied, not read: that is cuBLAS's
 PROGRAMS = 256  # wanted, all at once on a large device; a constant, as the sums depend on it
-LINE = tl.constexpr(64)  # weights in 128 bytes
-UNIT = 128  # a share of the depth is a multiple of it: the same for tiles of both depths
 
 
 class Config(NamedTuple):
@@ -36,8 +34,10 @@ class Config(NamedTuple):
 
 
 def config_for(rows: int) -> Config:
-    """The fastest on an H200 over a layer's products. Two or three programs find room on a multiprocessor."""
-    return Config(64, 128, 4, 3) if rows <= 32 else Config(64, 64, 4, 5)
+    """Of the fastest on an H200 over a layer's products; two or three programs find room on a multiprocessor. One
+    depth for all, as a row's sums may depend on it.
+    """
+    return Config(64, 64, 4, 5 if rows <= 32 else 4)
 
 
 class Parts(NamedTuple):
@@ -80,31 +80,35 @@ def load_product(product, at, live, part_stride, PARTS: tl.constexpr, like):
 
 
 @triton.jit
+def silu(gate, like):
+    """In float32, rounded to the type of the pointer ``like``."""
+    return (gate / (1.0 + tl.exp(-gate))).to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _multiply(
     x, weight, out, count, size, depth, x_row, span,
-    WHOLE: tl.constexpr, AHEAD: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of features of all rows, over a share of the depth.
 
     Weights are the left operand: there are always enough of them for Hopper's own products.
-    WHOLE: the depth is one of whole tiles. AHEAD: lines of each feature asked for before the kernel ahead has ended;
-    0: it has.
+    WHOLE: the depth is one of whole tiles. GATED: the matrix has ``size`` gates and as many features that they let
+    through; a tile has half of each, in turns.
     """
     f = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     r, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, depth)
     # what is past the last feature or row is that one again: a mask would cost more, and it is not stored
-    weights = weight + tl.minimum(f, size - 1).to(tl.int64)[:, None] * depth
+    if GATED:
+        place = tl.minimum(f // 2, size - 1) + f % 2 * size
+    else:
+        place = tl.minimum(f, size - 1)
+    weights = weight + place.to(tl.int64)[:, None] * depth
     rows = x + tl.minimum(r, count - 1).to(tl.int64)[:, None] * x_row
-    if AHEAD > 0:
-        gdc_launch_dependents()
-        for line in tl.static_range(AHEAD):
-            first = weights + tl.minimum(begin + line * LINE, end - 1)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [first.to(tl.int64)], tl.int32, is_pure=False, pack=1
-            )
+    if EARLY:
         gdc_wait()
     sums = tl.zeros([FEATURES, ROWS], tl.float32)
     for k in range(begin, end, DEPTH):
@@ -117,14 +121,21 @@ def _multiply(
         if UPCAST:
             w, v = w.to(tl.float32), v.to(tl.float32)
         sums = tl.dot(w, tl.trans(v), sums, input_precision="ieee")
+    if EARLY:
+        # not before: on an H200 the programs of the next kernels, waiting beside those of this one, cost it a tenth
+        gdc_launch_dependents()
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (FEATURES // 2, 2, ROWS)), (0, 2, 1)))
+        sums = silu(gate.to(out.dtype.element_ty).to(tl.float32), out) * up.to(out.dtype.element_ty).to(tl.float32)
+        f = tl.program_id(0) * (FEATURES // 2) + tl.arange(0, FEATURES // 2)
     place = (tl.program_id(1) * count + r).to(tl.int64)[None, :] * size + f[:, None]
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=(f < size)[:, None] & (r < count)[None, :])
 
 
 def shares(size: int, depth: int, config: Config) -> int:
-    """Programs that share the depth of a tile of features: a power of two; each has 512 of it at least."""
+    """Programs that share the depth of a tile of features: a power of two; each has four steps at least."""
     wanted = PROGRAMS / triton.cdiv(size, config.features)
-    most = max(1, depth // (4 * UNIT))
+    most = max(1, depth // (4 * config.depth))
     return 1 << min(max(0, round(math.log2(wanted))), most.bit_length() - 1)
 
 
@@ -151,6 +162,42 @@ def linear(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
+    flat = _flat(x, weight)
+    config = config or config_for(len(flat))
+    count = shares(*weight.shape, config) if parts is None else parts
+    if count < 1:
+        raise ValueError(f"parts: 1 or more expected, {parts} given")
+    return _launch(x, flat, weight, len(weight), count, config, early)
+
+
+def gated_linear(x: Tensor, weight: Tensor, *, early: bool = False) -> Tensor:
+    """silu(gate) · up of both products, rounded where eager torch rounds: `layer.silu_mul` of `linear` in one launch.
+    No programs share the depth: a layer's widest matrix has enough of them.
+
+    Args:
+        x, early: as in `linear`.
+        weight: [2 F, D], gates before what they let through.
+
+    Returns:
+        [..., F] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    flat = _flat(x, weight)
+    if len(weight) % 2:
+        raise ValueError(f"weight: [2 F, D] expected, {[*weight.shape]} given")
+    out = _launch(x, flat, weight, len(weight) // 2, 1, config_for(len(flat)), early, gated=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flat(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` as [rows, D].
+
+    Raises:
+        ValueError: see `linear`.
+    """
     if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.device != x.device:
         given = f"{x.dtype} on {x.device} and {weight.dtype} on {weight.device}"
         raise ValueError(f"x, weight: both bfloat16 or both float16 on one device expected, {given} given")
@@ -159,26 +206,30 @@ def linear(
         raise ValueError(
             f"x, weight: [..., D] and contiguous [F, D] expected, {[*x.shape]} and {[*weight.shape]} given"
         )
-    rows, (size, depth) = x.shape[:-1].numel(), weight.shape
+    rows = x.shape[:-1].numel()
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"x: 1 to {MAX_ROWS} rows expected, {rows} given")
     try:
-        flat = x.view(rows, depth)
+        flat = x.view(rows, x.shape[-1])
     except RuntimeError:
         raise ValueError(f"x: rows at equal distances expected, {[*x.shape]} by {x.stride()} given") from None
     if flat.stride(1) != 1:
         raise ValueError(f"x: the last stride must be 1, it is {flat.stride(1)}")
-    config = config or config_for(rows)
-    count = shares(size, depth, config) if parts is None else parts
-    if count < 1:
-        raise ValueError(f"parts: 1 or more expected, {parts} given")
-    span = triton.cdiv(triton.cdiv(depth, count), UNIT) * UNIT
-    count = triton.cdiv(depth, span)  # of whole units fewer may be enough
+    return flat
+
+
+def _launch(
+    x: Tensor, flat: Tensor, weight: Tensor, size: int, count: int, config: Config, early: bool, gated: bool = False
+) -> Tensor | Parts:
+    """[..., ``size``] of the rows ``flat`` of ``x``, or its ``count`` parts."""
+    rows, depth = flat.shape
+    span = triton.cdiv(triton.cdiv(depth, count), config.depth) * config.depth
+    count = triton.cdiv(depth, span)  # of whole tiles fewer may be enough
     dtype = x.dtype if count == 1 else torch.float32
     out = torch.empty(count, *x.shape[:-1], size, dtype=dtype, device=x.device)
-    _multiply[(triton.cdiv(size, config.features), count)](
+    _multiply[(triton.cdiv(size * (1 + gated), config.features), count)](
         flat, weight, out, rows, size, depth, flat.stride(0), span,
-        WHOLE=depth % config.depth == 0, AHEAD=max(1, (config.stages - 1) * config.depth // LINE.value) if early else 0,
+        WHOLE=depth % config.depth == 0, GATED=gated, EARLY=early,
         UPCAST=interpreted() and x.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
         ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_early(early),

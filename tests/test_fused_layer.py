@@ -133,7 +133,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.skipif(not INTERPRETED, reason="counted once is enough")
 def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers: nothing but their products, four launches of `layer` each, and attention. No copy, no cast."""
+    """Two layers: nothing but their products, three or four launches of `layer` each, and attention; no copy or cast."""
     call = BlockCall(joined_model("cpu", torch.bfloat16, n_layers=2, include_qkv_bias=False))
     kernels: Counter[str] = Counter()
     for module, names in (
@@ -154,7 +154,8 @@ def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_operations == {"mm": 8} | beside
     assert launched == {"_add_norm": 5, "_rope_write": 2, "_silu_mul": 2, "_attend": 2}  # the last norm is ln_f
     totals = [sum(c.total() for c in both) - sum(beside.values()) for both in counted.values()]
-    assert totals == [2 * 34 + 8, 2 * 9 + 1, 2 * 9 + 1]  # the norm at the end is 8 operations, or 1
+    assert totals == [2 * 34 + 8, 2 * 9 + 1, 2 * 8 + 1]  # the norm at the end is 8 operations, or 1
+    del launched["_silu_mul"]  # part of a product
     assert counted[Kernels.PRODUCTS] == (Counter(beside), launched | {"_multiply": 8})
 
 

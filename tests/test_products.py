@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import PTX, SLOWLY
 from test_layer_kernels import EPS, SPARE, Rows, _rounded, data, on_devices, strided  # noqa: F401
 from torch import Tensor
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 from dllm_engine import kernel_limits
 from dllm_engine.kernels import early, products
 from dllm_engine.kernels.layer import add_norm, rope_write, silu_mul
-from dllm_engine.kernels.products import Config, Parts, config_for, linear, shares
+from dllm_engine.kernels.products import Config, Parts, config_for, gated_linear, linear, shares
 
 # the interpreter launches nothing
 EARLY = [False, True] if not early.MISSING and (PTX == 90 or not SLOWLY) else [False]
@@ -60,14 +61,32 @@ def test_linear(
     assert product.shape == (*shape[:-1], size)
     assert product.dtype == dtype
     if parts is not None:
-        units = math.ceil(depth / products.UNIT)
-        used = math.ceil(units / math.ceil(units / parts))  # each takes whole units
+        tiles = math.ceil(depth / config_for(1).depth)
+        used = math.ceil(tiles / math.ceil(tiles / parts))  # each takes whole tiles
         assert (len(product.sums) if isinstance(product, Parts) else 1) == used
     truth, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     eps = torch.finfo(dtype).eps
     assert ((added(product).double() - truth).abs() <= eps / 2 * truth.abs() * 1.01 + depth**0.5 * 2e-7 * terms).all()
     again = linear(strided(x), weight, early=launched_early, parts=parts)
     assert torch.equal(added(again), added(product))
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("launched_early", EARLY)
+@pytest.mark.parametrize(("shape", "features"), [((1, 1), 1), ((2, 16, 200), 65), ((40, 512), 32)])
+def test_gated(device: str, dtype: torch.dtype, shape: tuple[int, ...], features: int, launched_early: bool) -> None:
+    """The bits of the product, rounded, and of SiLU behind it."""
+    skip_where_not_early(device, launched_early)
+    x = data(*shape, dtype=dtype, device=device)
+    weight = data(2 * features, shape[-1], dtype=dtype, device=device, seed=1) * shape[-1] ** -0.5
+    product = linear(x, weight, parts=1)
+    found = gated_linear(x, weight, early=launched_early)
+    assert torch.equal(found, silu_mul(product))
+    gate, up = added(product).chunk(2, dim=-1)
+    torch.testing.assert_close(found, F.silu(gate) * up)
+    with pytest.raises(ValueError, match=r"weight: \[2 F, D\] expected, \[1, "):
+        gated_linear(x, weight[:1])
 
 
 @on_devices
@@ -93,7 +112,7 @@ def test_every_matrix_is_read_by_enough_programs() -> None:
     assert set(found.values()) == {192, 256, 384}
     assert shares(4096, 12288, config) == shares(4096, 4096, config) == 4
     assert shares(64, 64, config) == shares(24576, 4096, config) == 1
-    assert shares(128, 1024, config) == 2  # never under 512 each
+    assert shares(128, 1024, config) == 4  # never under four tiles each
 
 
 # -- what reads parts -----------------------------------------------------------------------------------------------

@@ -259,17 +259,17 @@ def test_layer_of_products_in_parts(layer: Any, dtype: str, early: bool) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "early"), [(80, False), (90, False), pytest.param(90, True, marks=from_3_5)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("rows", [16, 32, 64])
-def test_multiply(kernels: Any, arch: int, rows: int, dtype: str, early: bool) -> None:
+@pytest.mark.parametrize(("rows", "gated"), [(16, False), (32, False), (32, True), (64, True)])
+def test_multiply(kernels: Any, arch: int, rows: int, gated: bool, dtype: str, early: bool) -> None:
     """Two programs fit onto a multiprocessor, and weights come in while products are made."""
     from dllm_engine.kernels import products
 
     config = products.config_for(rows)
     constants = {
-        "WHOLE": True, "AHEAD": config.stages - 1 if early else 0, "UPCAST": False,
+        "WHOLE": True, "GATED": gated, "EARLY": early, "UPCAST": False,
         "ROWS": rows, "FEATURES": config.features, "DEPTH": config.depth,
     }  # fmt: skip
-    for out in ((), ("out",)):
+    for out in ((),) if gated else ((), ("out",)):
         registers, spilled, shared, ptx = report(
             products._multiply, constants, arch, config.warps, config.stages, dtype, out,
             **({"launch_pdl": True} if early else {}),
@@ -279,7 +279,9 @@ def test_multiply(kernels: Any, arch: int, rows: int, dtype: str, early: bool) -
         assert 2 * (shared + 1024) <= (164 if arch == 80 else 228) * 1024
         assert "cp.async" in ptx
         assert ("wgmma.wait_group.sync.aligned 1" in ptx) == (arch == 90), ptx
-        assert ptx.count("prefetch.global.L2") == constants["AHEAD"]
+        if early:
+            waits, goes = (ptx.index(f"griddepcontrol.{word}") for word in ("wait", "launch_dependents"))
+            assert waits < ptx.index("cp.async") < goes
 
 
 @pytest.mark.slow
