@@ -133,7 +133,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.skipif(not INTERPRETED, reason="counted once is enough")
 def test_launches_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers: nothing but their products, three or four launches of `layer` each, and attention; no copy or cast."""
+    """Two layers: nothing but products, three or four launches of `layer` each, and attention. No copy, no cast."""
     call = BlockCall(joined_model("cpu", torch.bfloat16, n_layers=2, include_qkv_bias=False))
     kernels: Counter[str] = Counter()
     for module, names in (
