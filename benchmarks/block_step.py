@@ -156,7 +156,7 @@ def other_kernels(used: Kernels, model: LLaDA, rows: int) -> list[Kernels]:
 
     most = Kernels.EARLY if not early.unavailable(model.device) else Kernels.PRODUCTS
     if not products.fits(torch.empty(rows, 0, dtype=model.dtype, device="meta")):
-        most = Kernels.BETWEEN  # with more of them the products would still be torch's
+        return [Kernels.NONE] if used else [Kernels.BETWEEN]  # the products are torch's in any case
     return [kernels for kernels in Kernels if kernels != used and kernels <= max(most, used)]
 
 

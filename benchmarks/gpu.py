@@ -141,7 +141,7 @@ def main() -> None:
         sys.exit("nothing to run")
     checks = [step for step in wanted if step.name in CHECKS]
     with ThreadPoolExecutor(len(CHECKS)) as pool:
-        codes = list(pool.map(lambda step: run(*step, label=f"{step.name}: "), checks))
+        codes = list(pool.map(lambda s: run(s.name, s.command, s.limit, label=f"{s.name}: "), checks))
     failures = [step.name for step, code in zip(checks, codes, strict=True) if code]
     failures += [step.name for step in wanted if step not in checks and run(*step)]
     print(f"\n{'failed: ' + ', '.join(failures) if failures else 'all passed'}; {time.monotonic() - began:.0f} s")

@@ -38,7 +38,7 @@ def arguments(rows: int, vocab: int, dim: int) -> tuple[Any, ...]:
 def compile_tiles(rows: int, config: Config) -> str:
     """Into Triton's cache, with sizes that a kernel is the same for; what went wrong, or nothing."""
     try:
-        kernels._score(*arguments(rows, 1264, 256), config)
+        kernels._score(*arguments(rows, 1264, 256), config, consecutive=True)
         torch.cuda.synchronize()
     except Exception as error:  # too large for the device, mostly; the others are to be timed in any case
         return f"{config}: {error}"
@@ -71,9 +71,9 @@ def main() -> None:
         hidden, head = call[:2]
         logits = torch.cat([hidden.double() @ part.double().T for part in head.split(16384)], 1)
         truth = logits[:, :-1].amax(1)  # the last id is banned
-        usual, records = kernels.config_for(hidden, head, rows, False, False), []
+        usual, records = kernels.config_for(hidden, head, rows, False, False, True), []
         for config in dict.fromkeys([usual, *candidates(rows)]):
-            run = functools.partial(kernels._score, *call, config)
+            run = functools.partial(kernels._score, *call, config, consecutive=True)
             try:
                 error = (logits_of(run()) - truth).abs().max().item()
             except Exception as reason:

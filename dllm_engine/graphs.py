@@ -110,7 +110,7 @@ class BlockCalls:
     def _layer_kernels(self) -> Kernels:
         """What ``DLLM_LAYER_KERNELS`` asks for, as far as this model allows; docs/kernels.md tells what there is."""
         allowed = {str(int(kernels)): kernels for kernels in Kernels}
-        given = os.environ.get("DLLM_LAYER_KERNELS", "1")
+        given = os.environ.get("DLLM_LAYER_KERNELS", "2")
         if given not in allowed:
             raise ValueError(f"DLLM_LAYER_KERNELS: {given!r} given; {', '.join(allowed)} allowed")
         from dllm_engine.kernels import early, layer

@@ -70,7 +70,7 @@ class Kernels(IntEnum):
 
     NONE = 0
     BETWEEN = 1  # what lies between its products
-    PRODUCTS = 2  # products of few rows too
+    PRODUCTS = 2  # products of few rows too, and with more it is as if it were the one before
     EARLY = 3  # and each kernel is launched before the one ahead of it has ended
 
 
@@ -319,8 +319,8 @@ class Block(nn.Module):
         assert cache.columns is not None
         assert cache.seen is not None
         assert joined.gate_up is not None
-        early = kernels >= Kernels.EARLY
         own = kernels >= Kernels.PRODUCTS and products.fits(x)
+        early = own and kernels >= Kernels.EARLY
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | Parts:
             return products.linear(x, weight, early=early) if own and bias is None else F.linear(x, weight, bias)

@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_engine.kernel_limits import interpreted
+from dllm_engine.kernel_limits import interpreted, too_old
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
 from dllm_engine.step import Step
+
+COPIES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)  # the oldest that this has run with
+if COPIES:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Ids whose state is kept apart, and how many of them are added to it at once: fixed, so that tiles of other sizes (for
 # other numbers of rows) change a result by rounding within a part at most. Small parts also bound the registers: the
@@ -51,14 +55,18 @@ def _part(x, part: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, PART: tl
     ]
 )  # fmt: skip
 def _score_rows(
-    hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences, undecided, progress, seeds,
-    floats, ints,
+    hidden, head, hidden_tiles, head_tiles, rows, banned, excluded, probe_ids, probe_logits, noise_keys, sequences,
+    undecided, progress, seeds, floats, ints,
     dim, vocab, count, hidden_rows, hidden_stride, head_stride, banned_count, excluded_count, temperature,
     width, length, prompt_length,
     PROBES: tl.constexpr, SAMPLE: tl.constexpr, STEP: tl.constexpr, ALL_ROWS: tl.constexpr, UPCAST: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr, PART: tl.constexpr,
+    COPIED: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr, DEPTH: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
-    """Partial states of a tile of rows over one segment of the vocabulary."""
+    """Partial states of a tile of rows over one segment of the vocabulary.
+
+    COPIED: rows follow each other, and the copy engine of sm_90 brings tiles of them and of the head.
+    """
     segment, segments = tl.program_id(1), tl.num_programs(1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < count
@@ -104,9 +112,13 @@ def _score_rows(
     for _ in range(tl.cdiv(end - begin, IDS) * tl.cdiv(dim, DEPTH)):
         at = k + tl.arange(0, DEPTH)
         columns = first + tl.arange(0, IDS)
-        x = tl.load(base[:, None] + at[None, :], mask=readable & (at < dim)[None, :], other=0.0)
-        weights = head + columns.to(tl.int64)[:, None] * head_stride
-        w = tl.load(weights + at[None, :], mask=(columns < vocab)[:, None] & (at < dim)[None, :], other=0.0)
+        if COPIED:
+            x = hidden_tiles.load([tl.program_id(0) * ROWS, k])
+            w = head_tiles.load([first, k])
+        else:
+            x = tl.load(base[:, None] + at[None, :], mask=readable & (at < dim)[None, :], other=0.0)
+            weights = head + columns.to(tl.int64)[:, None] * head_stride
+            w = tl.load(weights + at[None, :], mask=(columns < vocab)[:, None] & (at < dim)[None, :], other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         logits = tl.dot(x, tl.trans(w), logits, input_precision="ieee")
@@ -144,7 +156,18 @@ def _score_rows(
     tl.store(ints + 3 * size + out, bad, mask=live)
 
 
-def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool) -> Config:
+def copied(hidden: Tensor, head: Tensor, count: int) -> bool:
+    """Whether the copy engine of sm_90 is to bring tiles of ``count`` rows that follow each other, and of the head.
+    For fewer rows it is no faster."""
+    if not COPIES or interpreted() or not head.is_cuda or hidden.dtype != head.dtype or head.dtype == torch.float32:
+        return False
+    aligned = all(m.data_ptr() % 16 == 0 == m.stride(0) * m.itemsize % 16 for m in (hidden, head))
+    return count > 16 and aligned and not too_old(head.device, 9)
+
+
+def config_for(
+    hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: bool, consecutive: bool = False
+) -> Config:
     """The fixed choice for so many rows; with ``DLLM_AUTOTUNE=1`` the fastest measured, once a shape and process.
     extras: noise or probes, whose registers only a smaller tile leaves free."""
     if upcast or head.dtype == torch.float32:
@@ -152,7 +175,7 @@ def config_for(hidden: Tensor, head: Tensor, count: int, upcast: bool, extras: b
     if extras:
         table = BUSY
     elif os.environ.get("DLLM_AUTOTUNE", "0") == "1" and not interpreted():
-        return tune(hidden, head, count)
+        return tune(hidden, head, count, consecutive)
     else:
         table = WIDE if interpreted() or torch.cuda.get_device_capability(head.device)[0] in (9, 10) else NARROW
     return next(config for rows, config in table.items() if rows is None or count <= rows)
@@ -232,22 +255,26 @@ def _finish_rows(parts: tuple[Tensor, Tensor], ids: Tensor, values: Tensor, step
 def _score(
     hidden: Tensor, head: Tensor, count: int, rows: Tensor, banned: Tensor, excluded: Tensor, probe_ids: Tensor,
     probe_logits: Tensor, temperature: float, noise_keys: Tensor, step: Step | None = None,
-    config: Config | None = None,
+    config: Config | None = None, consecutive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Partial states [fields, count, segments] of all rows."""
+    """Partial states [fields, count, segments] of all rows. consecutive: ``rows`` are 0, 1, …, as those of a step."""
     segments = triton.cdiv(len(head), SEGMENT)
     floats = torch.empty(FLOATS, count, segments, dtype=torch.float32, device=head.device)
     ints = torch.empty(INTS, count, segments, dtype=torch.int32, device=head.device)
     tensors, sizes, constants = _of_step(step, rows[:0])
     # the interpreter multiplies the bits of bfloat16 as integers
     upcast = hidden.dtype != head.dtype or (interpreted() and head.dtype == torch.bfloat16)
-    config = config or config_for(hidden, head, count, upcast, temperature > 0 or probe_ids.shape[1] > 0)
+    extras, consecutive = temperature > 0 or probe_ids.shape[1] > 0, consecutive or step is not None
+    config = config or config_for(hidden, head, count, upcast, extras, consecutive)
+    by_engine = consecutive and not extras and copied(hidden, head, count)
+    tiles = [(hidden, config.rows), (head, config.ids)]
     # tiles of rows side by side: those of a segment run together, and all but the first find its weights in L2
     _score_rows[(triton.cdiv(count, config.rows), segments)](
-        hidden, head, rows, banned, excluded, probe_ids, probe_logits, noise_keys, *tensors, floats, ints,
+        hidden, head, *(TensorDescriptor.from_tensor(m, [n, config.depth]) if by_engine else m for m, n in tiles),
+        rows, banned, excluded, probe_ids, probe_logits, noise_keys, *tensors, floats, ints,
         head.shape[1], len(head), count, len(hidden), hidden.stride(0), head.stride(0), len(banned), len(excluded),
         temperature, *sizes, **constants, PROBES=probe_ids.shape[1], SAMPLE=temperature > 0,
-        UPCAST=upcast, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
+        UPCAST=upcast, COPIED=by_engine, SEGMENT=SEGMENT, ROWS=config.rows, IDS=config.ids, DEPTH=config.depth,
         PART=PART, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,  # Triton's default changes
     )  # fmt: skip
     return floats, ints
@@ -256,15 +283,29 @@ def _score(
 _tuned: dict[tuple[Any, ...], Config] = {}
 
 
-def tune(hidden: Tensor, head: Tensor, count: int) -> Config:
+def tune(hidden: Tensor, head: Tensor, count: int, consecutive: bool) -> Config:
     """The fastest of the `candidates` for this shape."""
-    key = (*head.shape, head.dtype, hidden.dtype, _padded(count))
+    key = (*head.shape, head.dtype, hidden.dtype, _padded(count), consecutive)
     if key not in _tuned:
         none = torch.empty(0, dtype=torch.int64, device=head.device)
         ids, rows = none.int(), torch.arange(count, dtype=torch.int32, device=head.device)
         times = {}
         for config in candidates(count):
-            call = (hidden, head, count, rows, ids, ids, none.view(count, 0), none, 0.0, none, None, config)
+            call = (
+                hidden,
+                head,
+                count,
+                rows,
+                ids,
+                ids,
+                none.view(count, 0),
+                none,
+                0.0,
+                none,
+                None,
+                config,
+                consecutive,
+            )
             try:
                 times[config] = triton.testing.do_bench(lambda call=call: _score(*call), return_mode="median")
             except triton.runtime.errors.OutOfResources:

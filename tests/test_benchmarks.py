@@ -141,9 +141,9 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(LLaDA, "hidden_states", noted)
     assert list(step.others) == [Kernels.NONE]  # products in float32 are torch's in any case
     for loop, kernels in (
-        (step.loop, Kernels.BETWEEN),
+        (step.loop, Kernels.PRODUCTS),
         (step.others[Kernels.NONE], Kernels.NONE),
-        (step.loop, Kernels.BETWEEN),
+        (step.loop, Kernels.PRODUCTS),
     ):
         calls.clear()
         step.step(loop)
@@ -152,26 +152,26 @@ def test_block_step_with_and_without_layer_kernels(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(tokens, committed[0]) for tokens in committed)
     monkeypatch.setattr(block_step, "graphed", lambda run: run)
     record = block_step.measure(model, shape, 1, 8, {"bandwidth": 1.0, "flops": 1.0}, 0.0)
-    assert record["layer_kernels"] == "BETWEEN"
+    assert record["layer_kernels"] == "PRODUCTS"
     assert record["step_NONE_seconds"] > 0
     half = random_model(shape, device=torch.device("cpu"), dtype=torch.bfloat16, max_length=8)
     monkeypatch.setattr(early, "unavailable", lambda device: "no GPU")
     step = block_step.BlockStep(half, 1, 8)
-    assert list(step.others) == [Kernels.NONE, Kernels.PRODUCTS]
+    assert list(step.others) == [Kernels.NONE, Kernels.BETWEEN]
     calls.clear()
-    step.step(step.others[Kernels.PRODUCTS])
-    assert calls == [Kernels.PRODUCTS]
+    step.step(step.others[Kernels.BETWEEN])
+    assert calls == [Kernels.BETWEEN]
     assert step.left_out() == []
 
     def races(self: LLaDA, *arguments: Any) -> Any:
         hidden = noted(self, *arguments)
-        return hidden * (-1) ** len(calls) if calls[-1] is Kernels.PRODUCTS else hidden
+        return hidden * (-1) ** len(calls) if calls[-1] is Kernels.BETWEEN else hidden
 
     monkeypatch.setattr(LLaDA, "hidden_states", races)
     [message] = step.left_out()
-    assert message == "layer kernels PRODUCTS left out: a step gives something else from turn to turn"
+    assert message == "layer kernels BETWEEN left out: a step gives something else from turn to turn"
     assert list(step.others) == [Kernels.NONE]
-    assert os.environ.get("DLLM_LAYER_KERNELS", "1") == "1"
+    assert "DLLM_LAYER_KERNELS" not in os.environ
 
 
 def test_what_cannot_run_is_told_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 from_3_5 = pytest.mark.skipif(TRITON < (3, 5), reason="Triton before 3.5 cannot launch early")
+from_3_6 = pytest.mark.skipif(TRITON < (3, 6), reason="the copy engine is used from Triton 3.6 on")
 PTXAS = next((BIN / name for name in ("ptxas-blackwell", "ptxas") if (BIN / name).exists()), None)  # the newer one
 POINTERS = {
     "rows": "i32", "banned": "i32", "excluded": "i32", "probe_ids": "i64", "probe_logits": "fp32",
@@ -23,7 +24,22 @@ POINTERS = {
     "parts": "fp32", "cos": "fp32", "sin": "fp32", "columns": "i64",
 }  # fmt: skip
 # pointers to the model's dtype
-DATA = ("hidden", "head", "q", "keys", "values", "out", "x", "delta", "weight", "total", "qkv", "gate_up")
+DATA = (
+    "hidden",
+    "head",
+    "hidden_tiles",
+    "head_tiles",
+    "q",
+    "keys",
+    "values",
+    "out",
+    "x",
+    "delta",
+    "weight",
+    "total",
+    "qkv",
+    "gate_up",
+)
 STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out", "cache") for of in ("batch", "head", "row")]
 STRIDES += ["hidden_stride", "head_stride", "x_row", "delta_row", "qkv_batch", "qkv_row", "table_batch", "table_row"]
 # as Triton finds them for a real model
@@ -33,15 +49,20 @@ ALIGNED += ("delta_part", "qkv_part", "part_stride")
 
 def report(
     kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16",
-    parts: tuple[str, ...] = (), **more: Any,
+    parts: tuple[str, ...] = (), tiles: dict[str, tuple[int, int]] | None = None, **more: Any,
 ) -> Any:  # fmt: skip
-    """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports. parts: pointers to float32."""
+    """Registers a thread, bytes spilled and bytes of shared memory that ptxas reports. parts: pointers to float32.
+    tiles: sizes of what the copy engine brings."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    tiles = tiles or {}
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if name in tiles:
+            return f"tensordesc<{dtype}{list(tiles[name])}>"
         if name in DATA:
             return "*fp32" if name in parts else f"*{dtype}"
         if name in POINTERS:
@@ -50,7 +71,7 @@ def report(
 
     signature = {name: kind(name) for name in kernel.arg_names}
     at = {name: i for i, name in enumerate(kernel.arg_names)}
-    attributes = {(at[name],): [["tt.divisibility", 16]] for name in ALIGNED if name in at}
+    attributes = {(at[name],): [["tt.divisibility", 16]] for name in ALIGNED if name in at and name not in tiles}
     source = ASTSource(kernel, signature, {(at[name],): value for name, value in constants.items()}, attributes)
     options = {"num_warps": warps, "num_stages": stages, **more}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -78,18 +99,26 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [False, True])
 @pytest.mark.parametrize("rows", [16, 32, 64, None])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_score_rows(kernels: Any, arch: int, rows: int | None, step: bool) -> None:
+@pytest.mark.parametrize(("arch", "copied"), [(80, False), (90, False), pytest.param(90, True, marks=from_3_6)])
+def test_score_rows(kernels: Any, arch: int, copied: bool, rows: int | None, step: bool) -> None:
+    if copied and rows == 16:
+        pytest.skip("fewer rows than the copy engine is used for")
     config = (kernels.WIDE if arch == 90 else kernels.NARROW)[rows]
+    tiles = {"hidden_tiles": (config.rows, config.depth), "head_tiles": (config.ids, config.depth)} if copied else {}
     constants = {
-        "PROBES": 0, "SAMPLE": False, "STEP": step, "ALL_ROWS": False, "UPCAST": False, "SEGMENT": kernels.SEGMENT,
+        "PROBES": 0, "SAMPLE": False, "STEP": step, "ALL_ROWS": False, "UPCAST": False, "COPIED": copied,
+        "SEGMENT": kernels.SEGMENT,
         "ROWS": config.rows, "IDS": config.ids, "DEPTH": config.depth, "PART": kernels.PART,
     }  # fmt: skip
-    registers, spilled, shared, ptx = report(kernels._score_rows, constants, arch, config.warps, config.stages)
+    registers, spilled, shared, ptx = report(
+        kernels._score_rows, constants, arch, config.warps, config.stages, tiles=tiles
+    )
     assert spilled == 0
     assert registers <= 255
     assert shared <= (99 if arch == 80 else 227) * 1024  # 99: of the small relatives of sm_80
-    assert "cp.async" in ptx  # weights come in while products are made
+    # weights come in while products are made
+    assert ("cp.async.bulk.tensor.2d" if copied else "cp.async.c") in ptx
+    assert ("cp.async.c" in ptx) != copied
     # from 64 rows on Hopper's own products, of which one is under way while the next part is waited for
     assert ("wgmma.wait_group.sync.aligned 1" in ptx) == (arch == 90 and rows not in (16, 32)), ptx
     assert "mma.sync" in ptx or "wgmma" in ptx
@@ -104,7 +133,8 @@ def test_score_rows_variants(kernels: Any, arch: int, count: int, extra: dict[st
     hidden = torch.empty(32, 8, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
     config = kernels.config_for(hidden, hidden, count, "UPCAST" in extra, "UPCAST" not in extra)
     base = {
-        "PROBES": 0, "SAMPLE": False, "STEP": False, "ALL_ROWS": True, "UPCAST": False, "SEGMENT": kernels.SEGMENT,
+        "PROBES": 0, "SAMPLE": False, "STEP": False, "ALL_ROWS": True, "UPCAST": False, "COPIED": False,
+        "SEGMENT": kernels.SEGMENT,
         "ROWS": config.rows, "IDS": config.ids, "DEPTH": config.depth, "PART": kernels.PART,
     }  # fmt: skip
     registers, spilled, _, _ = report(kernels._score_rows, base | extra, arch, config.warps, config.stages, dtype)
@@ -129,8 +159,8 @@ def test_finish_step(kernels: Any, arch: int, size: int, position: bool) -> None
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("step", [False, True])
 def test_finish_rows(kernels: Any, arch: int, step: bool) -> None:
-    constants = {"STEP": step, "ALL_ROWS": False, "SEGMENTS": 256, "ROWS": 4}
-    registers, spilled, _, _ = report(kernels.finish_rows, constants, arch, 8, 3)
+    constants = {"STEP": step, "ALL_ROWS": False, "SEGMENTS": 256, "ROWS": 1}
+    registers, spilled, _, _ = report(kernels.finish_rows, constants, arch, 1, 3)
     assert spilled == 0
     assert registers <= 255
 
