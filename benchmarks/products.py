@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64])
+    parser.add_argument("--rows", nargs="+", type=int, default=[32])
     parser.add_argument("--sweep", action="store_true", help="other tiles and numbers of parts too; on a GPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each matrix and number of rows (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print only, append nothing")

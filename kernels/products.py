@@ -20,7 +20,7 @@ from dllm_engine.kernel_limits import check_device, interpreted
 from dllm_engine.kernels.early import gdc_launch_dependents, gdc_wait, launch_early
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_ROWS = 64  # with more, products are multiplied, not read: that is cuBLAS's
+MAX_ROWS = 32  # with more, cuBLAS's products are as fast or faster
 PROGRAMS = 256  # wanted, all at once on a large device; a constant, as the sums depend on it
 
 
@@ -33,11 +33,7 @@ class Config(NamedTuple):
     stages: int
 
 
-def config_for(rows: int) -> Config:
-    """Of the fastest on an H200 over a layer's products; two or three programs find room on a multiprocessor. One
-    depth for all, as a row's sums may depend on it.
-    """
-    return Config(64, 64, 4, 5 if rows <= 32 else 4)
+CONFIG = Config(64, 64, 4, 5)  # of the fastest on an H200; three programs find room on a multiprocessor
 
 
 class Parts(NamedTuple):
@@ -88,36 +84,37 @@ def silu(gate, like):
 @triton.jit
 def _multiply(
     x, weight, out, count, size, depth, x_row, span,
-    WHOLE: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of features of all rows, over a share of the depth.
 
     Weights are the left operand: there are always enough of them for Hopper's own products.
-    WHOLE: the depth is one of whole tiles. GATED: the matrix has ``size`` gates and as many features that they let
-    through; a tile has half of each, in turns.
+    WHOLE: the depth is one of whole tiles. FULL: there are ``ROWS`` rows. GATED: the matrix has ``size`` gates and as
+    many features that they let through; a tile has half of each, in turns.
     """
     f = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     r, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, depth)
-    # what is past the last feature or row is that one again: a mask would cost more, and it is not stored
+    # what is past the last feature is that one again: a mask would cost more, and it is not stored
     if GATED:
         place = tl.minimum(f // 2, size - 1) + f % 2 * size
     else:
         place = tl.minimum(f, size - 1)
     weights = weight + place.to(tl.int64)[:, None] * depth
-    rows = x + tl.minimum(r, count - 1).to(tl.int64)[:, None] * x_row
+    rows, there = x + r.to(tl.int64)[:, None] * x_row, (r < count)[:, None]
     if EARLY:
         gdc_wait()
     sums = tl.zeros([FEATURES, ROWS], tl.float32)
     for k in range(begin, end, DEPTH):
         at = (k + d)[None, :]
         if WHOLE:
-            w, v = tl.load(weights + at), tl.load(rows + at)
+            w = tl.load(weights + at)
+            v = tl.load(rows + at) if FULL else tl.load(rows + at, mask=there, other=0.0)
         else:
             w = tl.load(weights + at, mask=at < end, other=0.0)
-            v = tl.load(rows + at, mask=at < end, other=0.0)
+            v = tl.load(rows + at, mask=there & (at < end), other=0.0)
         if UPCAST:
             w, v = w.to(tl.float32), v.to(tl.float32)
         sums = tl.dot(w, tl.trans(v), sums, input_precision="ieee")
@@ -154,7 +151,7 @@ def linear(
             `MAX_ROWS` rows.
         weight: [F, D], the same dtype, contiguous.
         early: see `dllm_engine.kernels.early`.
-        parts: programs that share the depth, 1 or more, by default `shares`. config: by default `config_for`.
+        parts: programs that share the depth, 1 or more, by default `shares`. config: by default `CONFIG`.
 
     Returns:
         [..., F] in x's dtype, or its `Parts`.
@@ -163,7 +160,7 @@ def linear(
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
     flat = _flat(x, weight)
-    config = config or config_for(len(flat))
+    config = config or CONFIG
     count = shares(*weight.shape, config) if parts is None else parts
     if count < 1:
         raise ValueError(f"parts: 1 or more expected, {parts} given")
@@ -187,7 +184,7 @@ def gated_linear(x: Tensor, weight: Tensor, *, early: bool = False) -> Tensor:
     flat = _flat(x, weight)
     if len(weight) % 2:
         raise ValueError(f"weight: [2 F, D] expected, {[*weight.shape]} given")
-    out = _launch(x, flat, weight, len(weight) // 2, 1, config_for(len(flat)), early, gated=True)
+    out = _launch(x, flat, weight, len(weight) // 2, 1, CONFIG, early, gated=True)
     assert isinstance(out, Tensor)
     return out
 
@@ -222,16 +219,16 @@ def _launch(
     x: Tensor, flat: Tensor, weight: Tensor, size: int, count: int, config: Config, early: bool, gated: bool = False
 ) -> Tensor | Parts:
     """[..., ``size``] of the rows ``flat`` of ``x``, or its ``count`` parts."""
-    rows, depth = flat.shape
+    (rows, depth), padded = flat.shape, max(16, triton.next_power_of_2(len(flat)))
     span = triton.cdiv(triton.cdiv(depth, count), config.depth) * config.depth
     count = triton.cdiv(depth, span)  # of whole tiles fewer may be enough
     dtype = x.dtype if count == 1 else torch.float32
     out = torch.empty(count, *x.shape[:-1], size, dtype=dtype, device=x.device)
     _multiply[(triton.cdiv(size * (1 + gated), config.features), count)](
         flat, weight, out, rows, size, depth, flat.stride(0), span,
-        WHOLE=depth % config.depth == 0, GATED=gated, EARLY=early,
+        WHOLE=depth % config.depth == 0, FULL=rows == padded, GATED=gated, EARLY=early,
         UPCAST=interpreted() and x.dtype == torch.bfloat16,  # whose bits the interpreter multiplies as integers
-        ROWS=max(16, triton.next_power_of_2(rows)), FEATURES=config.features, DEPTH=config.depth,
+        ROWS=padded, FEATURES=config.features, DEPTH=config.depth,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True, **launch_early(early),
     )  # fmt: skip
     return out[0] if count == 1 else Parts(out, x.dtype)
