@@ -20,8 +20,8 @@ class Config:
 
 # By number of rows, up to and including the key; None: more. Few rows wait for memory: two programs a multiprocessor.
 # Many rows compute: the larger the tile, the less comes through L2. None spills registers
-# (tests/test_triton_compiles.py). The first table, of the fastest on an H200, needs the 227 KB of shared memory of sm_90
-# and sm_100; the second has been measured on no card.
+# (tests/test_triton_compiles.py). The first table has the fastest on an H200 and needs the 227 KB of shared memory of
+# sm_90 and sm_100; the second has been measured on no card.
 WIDE: dict[int | None, Config] = {
     16: Config(16, 64, 128, 8, 4),
     32: Config(32, 128, 128, 4, 3),
