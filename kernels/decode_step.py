@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_engine import kernel_limits
 from dllm_engine.kernel_limits import interpreted, too_old
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
@@ -159,7 +161,9 @@ def _score_rows(
 def copied(hidden: Tensor, head: Tensor, count: int) -> bool:
     """Whether the copy engine of sm_90 is to bring tiles of ``count`` rows that follow each other, and of the head.
     For fewer rows it is no faster."""
-    if not COPIES or interpreted() or not head.is_cuda or hidden.dtype != head.dtype or head.dtype == torch.float32:
+    if not COPIES or interpreted() or head.device.type not in kernel_limits.devices():
+        return False
+    if hidden.dtype != head.dtype or head.dtype == torch.float32:
         return False
     aligned = all(m.data_ptr() % 16 == 0 == m.stride(0) * m.itemsize % 16 for m in (hidden, head))
     return count > 16 and aligned and not too_old(head.device, 9)
@@ -289,25 +293,12 @@ def tune(hidden: Tensor, head: Tensor, count: int, consecutive: bool) -> Config:
     if key not in _tuned:
         none = torch.empty(0, dtype=torch.int64, device=head.device)
         ids, rows = none.int(), torch.arange(count, dtype=torch.int32, device=head.device)
-        times = {}
+        given = hidden, head, count, rows, ids, ids, none.view(count, 0), none, 0.0, none
+        times: dict[Config, float] = {}
         for config in candidates(count):
-            call = (
-                hidden,
-                head,
-                count,
-                rows,
-                ids,
-                ids,
-                none.view(count, 0),
-                none,
-                0.0,
-                none,
-                None,
-                config,
-                consecutive,
-            )
+            call = functools.partial(_score, *given, config=config, consecutive=consecutive)
             try:
-                times[config] = triton.testing.do_bench(lambda call=call: _score(*call), return_mode="median")
+                times[config] = triton.testing.do_bench(call, return_mode="median")
             except triton.runtime.errors.OutOfResources:
                 continue
         _tuned[key] = min(times, key=times.__getitem__)

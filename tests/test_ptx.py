@@ -234,6 +234,61 @@ TRITON = tuple(map(int, metadata.version("triton").split(".")[:2])) if importlib
 of_current_compilers = pytest.mark.skipif(TRITON < (3, 4), reason="what Triton before 3.4 makes looks different")
 
 
+def score_in_order(device: Any, rows: int) -> None:
+    """The same of rows that follow each other, whose tiles the copy engine brings; bit for bit."""
+    from dllm_engine.kernels import decode_step
+
+    hidden, head = matrices(rows, 200, 700, torch.bfloat16, peak=3.0)
+    index, none = torch.arange(rows, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    found = []
+    for consecutive in (True, False):
+        found += decode_step._score(
+            hidden, head, rows, index, none.int(), none.int(), none.view(rows, 0), none.float(), 0.0, none,
+            consecutive=consecutive,
+        )  # fmt: skip
+    engines = [bool(machine.maps) for machine in device._compiled.values()]
+    assert engines == [True, False]
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], found[2:], strict=True))
+    x = hidden.double() @ head.double().T
+    assert (found[0][3].amax(1) - x.amax(1)).abs().max() < 1e-3
+
+
+with_copies = pytest.mark.skipif(TRITON < (3, 6), reason="the copy engine is used from Triton 3.6 on")
+
+
+@with_copies
+@pytest.mark.parametrize("rows", [20, 130])
+def test_the_copy_engine_brings_tiles(device: Any, rows: int) -> None:
+    """Of rows and ids that there are not, and a depth that is not one of whole tiles, it brings zeros."""
+    score_in_order(device, rows)
+
+
+@with_copies
+@pytest.mark.parametrize(
+    ("line", "instead", "message"),
+    [
+        (r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", "more arrivals than"),
+        (r"expect_tx\.shared::cta\.b64 _, (\[%r\d+\]), \d+;", r"expect_tx.shared::cta.b64 _, \1, 64;", "announced are"),
+        (r"@%p\d+ mbarrier\.arrive\.expect_tx[^;]*;", "", "waits for what nobody has asked for"),
+        (r"@%p\d+ mbarrier\.init[^;]*;", "", "no barrier there"),
+        (r"bar\.sync\s+0;", "", "no barrier between"),
+    ],
+    ids=["wait", "bytes", "arrival", "init", "bar"],
+)
+def test_what_copies_of_tiles_need(
+    device: Any, monkeypatch: pytest.MonkeyPatch, line: str, instead: str, message: str
+) -> None:
+    """Without it the machine stops, or the result is wrong."""
+    from ptx import triton
+
+    def without(text: str) -> Any:
+        return parse(re.sub(line, instead, text) if "bulk.tensor" in text else text)
+
+    monkeypatch.setattr(triton, "parse", without)
+    with pytest.raises(AssertionError, match=message):
+        score_in_order(device, 70)
+
+
 @of_current_compilers
 def test_statistics_take_few_instructions(device: Any) -> None:
     """At many rows they are what tensor cores wait for: two tiles of plain ids, 128 logits a thread each.

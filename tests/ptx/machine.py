@@ -18,6 +18,7 @@ import numpy as np
 from ptx.memory import POISON, Array, Fault, Global, Memory
 from ptx.ops import COMPARE, SMALL, TYPES, VALUE, convert, small
 from ptx.text import Instruction, Kernel, Operand
+from ptx.tiles import TileMap
 from ptx.units import AsyncProducts, units
 from ptx.warp import WARP
 
@@ -66,6 +67,7 @@ class Machine:
         products = self.units["wgmma"]
         assert isinstance(products, AsyncProducts)
         self.products = products if any(i.parts[0] == "wgmma" for i in kernel.code) else None
+        self.tiles: list[dict[str, Any]] = []  # what the compiler says of tensor maps
         self._readers: dict[tuple[Operand, str], Read] = {}
         self._writers: dict[Operand, Write] = {}
         self._places: dict[Operand, tuple[Read, int]] = {}
@@ -76,10 +78,14 @@ class Machine:
         self, memory: Global, grid: Sequence[int], arguments: Sequence[tuple[Any, Any]],
         order: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        """A launch. arguments: (value, numpy dtype) each, or bytes of a structure. order: in which blocks run."""
+        """A launch. arguments: (value, numpy dtype) each, or bytes of a structure, or a `TileMap`. order: of blocks."""
         self.memory, self.grid, self.issued = memory, (*grid, 1, 1)[:3], 0
         self.parameters = np.zeros(self.kernel.parameter_bytes, np.uint8)
+        self.maps: dict[int, TileMap] = {}  # by the address of the parameter
         for (at, size), (value, dtype) in zip(self.kernel.parameters.values(), arguments, strict=True):
+            if isinstance(value, TileMap):
+                self.maps[at] = value
+                continue
             raw = np.frombuffer(value, np.uint8) if dtype is bytes else np.array([value], dtype).view(np.uint8)
             assert len(raw) <= size, (value, dtype, size)
             self.parameters[at : at + len(raw)] = raw

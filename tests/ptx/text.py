@@ -92,6 +92,10 @@ def _header(kernel: Kernel, text: str) -> None:
 
 def parse(text: str) -> dict[str, Kernel]:
     """The entries of a module by name."""
+    inline = (
+        r"// begin inline asm(.*?)// end inline asm"  # may have a scope of its own, whose end looks like the entry's
+    )
+    text = re.sub(inline, lambda found: re.sub(r"(?m)^[{}]\s*$", "", found[1]), text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     kernels = {}
     dynamic = re.findall(r"\.extern\s+\.shared\s[^;]*?([\w$]+)\[\]", text)
@@ -108,6 +112,8 @@ def parse(text: str) -> dict[str, Kernel]:
             if statement in ("", "{", "}"):
                 continue
             if label := re.fullmatch(r"([$\w]+):", statement):
+                if label[1] in kernel.labels:  # of a scope of its own
+                    raise ValueError(f"a label twice: {label[1]}")
                 kernel.labels[label[1]] = len(kernel.code)
             elif statement.startswith("."):
                 _declare(kernel, statement)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ptx.machine import Machine
 from ptx.memory import Fault, memory_of
 from ptx.text import parse
+from ptx.tiles import TileMap
 
 NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -43,12 +44,19 @@ class Device:
         given = dict(zip(names, values, strict=False)) | {k: v for k, v in options.items() if k in names}
         options = {k: v for k, v in options.items() if k not in names}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        memory = memory_of(tensors.values())
+        tiled = {name: value for name, value in given.items() if hasattr(value, "block_shape")}
+        memory = memory_of([*tensors.values(), *(value.base for value in tiled.values())])
 
         signature, constants, attributes = {}, {}, {}
         arguments: list[tuple[Any, Any]] = []
         for n, parameter in enumerate(kernel.params):
             value = given[parameter.name]
+            if parameter.name in tiled:
+                kind = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
+                signature[parameter.name] = kind
+                arguments.append((value, None))
+                arguments += [(size, np.int32) for size in value.shape] + [(step, np.int64) for step in value.strides]
+                continue
             if parameter.name in tensors:
                 kind, number = f"*{NAMES[value.dtype]}", value.data_ptr()
             elif parameter.is_constexpr or (value == 1 and type(value) is int and not parameter.do_not_specialize):
@@ -72,6 +80,8 @@ class Device:
         self.launches.append(entry.name)
         grid = grid(given) if callable(grid) else grid
         # scratch memory that the compiler may ask for: none
+        places = iter(machine.tiles)
+        arguments = [(tile_map(v, next(places)), None) if hasattr(v, "block_shape") else (v, d) for v, d in arguments]
         arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
         if options.get("launch_pdl", False) != machine.dependent:
             raise Fault(f"{entry.name}: launched early and does not wait, or waits and is not launched early")
@@ -86,7 +96,19 @@ class Device:
         source = ASTSource(kernel, *_for_old_triton(signature, constants, attributes))
         compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
         (entry,) = parse(compiled.asm["ptx"]).values()
-        return Machine(entry, compiled.metadata.shared)
+        machine = Machine(entry, compiled.metadata.shared)
+        machine.tiles = getattr(compiled.metadata, "tensordesc_meta", None) or []
+        return machine
+
+
+def tile_map(tiles: Any, meta: dict[str, Any]) -> TileMap:
+    """Of a `TensorDescriptor`, as the compiler wants it."""
+    (rows, columns), (stride, step) = tiles.shape, tiles.strides
+    base, tile = tiles.base, tuple(meta["block_size"])
+    line = tile[1] * base.element_size()
+    assert (step, line) == (1, {1: 32, 2: 64, 3: 128}[meta["swizzle"]])
+    assert base.data_ptr() % 16 == stride * base.element_size() % 16 == 0
+    return TileMap(base.data_ptr(), rows, columns, stride * base.element_size(), base.element_size(), tile, line)
 
 
 def _for_old_triton(signature: Any, constants: Any, attributes: Any) -> tuple[Any, Any, Any]:

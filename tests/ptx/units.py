@@ -10,7 +10,8 @@ import numpy as np
 from ptx.memory import POISON, SEVERAL, Array, Fault
 from ptx.ops import from_bf16
 from ptx.text import Instruction, Operand
-from ptx.warp import WARP, Atomic, Reduction, Shuffle, Unit, Vote, check_whole
+from ptx.tiles import CopyEngine
+from ptx.warp import WARP, Atomic, Election, Reduction, Shuffle, Unit, Vote, check_whole
 
 LANE = np.arange(WARP)
 ROW, PAIR = LANE // 4, 2 * (LANE % 4)  # of a fragment: its row, the first of its two columns
@@ -19,12 +20,17 @@ ROW, PAIR = LANE // 4, 2 * (LANE % 4)  # of a fragment: its row, the first of it
 class Copies(Unit):
     """cp.async: what was asked for is nowhere until it is waited for, and where it goes holds nothing."""
 
+    def __init__(self, engine: CopyEngine) -> None:
+        self.engine = engine
+
     def reset(self, machine: Any) -> None:
         self.group = np.zeros(machine.threads, np.int64)
         self.pending: list[tuple[Array, Array, Array, Array]] = []  # threads, groups, addresses, bytes
 
     def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
-        if i.parts[2] == "commit_group":
+        if i.parts[2] == "bulk":
+            self.engine(machine, i, mask)
+        elif i.parts[2] == "commit_group":
             self.group[mask] += 1
         elif i.parts[2] == "wait_group":
             self.wait(machine, mask, int(str(i.operands[0]), 0))
@@ -272,7 +278,9 @@ def _lines(descriptor: int, rows: int, turned: bool) -> tuple[Array, int]:
 
 def units() -> dict[str, Unit]:
     """By the first part of an opcode."""
+    engine = CopyEngine()
     return {
-        "cp": Copies(), "ldmatrix": Matrices(), "stmatrix": Matrices(), "mma": Products(), "wgmma": AsyncProducts(),
+        "cp": Copies(engine), "mbarrier": engine, "elect": Election(),
+        "ldmatrix": Matrices(), "stmatrix": Matrices(), "mma": Products(), "wgmma": AsyncProducts(),
         "shfl": Shuffle(), "redux": Reduction(), "vote": Vote(), "atom": Atomic(),
     }  # fmt: skip

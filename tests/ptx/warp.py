@@ -47,6 +47,16 @@ class Shuffle(Unit):
             machine.write(there_too, there)
 
 
+class Election(Unit):
+    """elect.sync: one thread of each warp, and it may be any."""
+
+    def __call__(self, machine: Any, i: Instruction, mask: Array) -> None:
+        check_whole(mask)
+        leader = WARP - 1
+        machine.write(i.operands[0], np.full(machine.threads, leader, np.uint32))
+        machine.write(i.operands[1], machine.lanes == leader)
+
+
 class Reduction(Unit):
     """redux.sync"""
 
