@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_engine import kernel_limits
-from dllm_engine.kernel_limits import interpreted, too_old
+from dllm_engine.kernel_limits import interpreted
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
@@ -166,7 +166,7 @@ def copied(hidden: Tensor, head: Tensor, count: int) -> bool:
     if hidden.dtype != head.dtype or head.dtype == torch.float32:
         return False
     aligned = all(m.data_ptr() % 16 == 0 == m.stride(0) * m.itemsize % 16 for m in (hidden, head))
-    return count > 16 and aligned and not too_old(head.device, 9)
+    return count > 16 and aligned and torch.cuda.get_device_capability(head.device)[0] == 9
 
 
 def config_for(
