@@ -160,7 +160,7 @@ def _score_rows(
 
 def copied(hidden: Tensor, head: Tensor, count: int) -> bool:
     """Whether the copy engine of sm_90 is to bring tiles of ``count`` rows that follow each other, and of the head.
-    For fewer rows it is no faster."""
+    With 16 and fewer it is no faster."""
     if not COPIES or interpreted() or head.device.type not in kernel_limits.devices():
         return False
     if hidden.dtype != head.dtype or head.dtype == torch.float32:
