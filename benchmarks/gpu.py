@@ -106,9 +106,7 @@ def main() -> None:
             return 1
         return watched(command, left, environment | extra, log, label)
 
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background; children would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
+    heed_interrupts()
     python = sys.executable
     archs = "sm_80 sm_90a compute_90" if args.dry_run else card()
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--upgrade"]
@@ -146,6 +144,12 @@ def main() -> None:
     failures += [step.name for step in wanted if step not in checks and run(*step)]
     print(f"\n{'failed: ' + ', '.join(failures) if failures else 'all passed'}; {time.monotonic() - began:.0f} s")
     sys.exit(bool(failures))
+
+
+def heed_interrupts() -> None:
+    """What was begun in the background ignores them, and its children would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def watched(

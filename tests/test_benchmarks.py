@@ -103,7 +103,7 @@ def test_products_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, (size, depth) in products.matrices(SHAPES["8b"]).items():
         found = products.choices(size, depth, 32)
-        config = products.products.config_for(32)
+        config = products.products.CONFIG
         assert (config, products.products.shares(size, depth, config)) in found, name
     monkeypatch.setattr(products, "choices", lambda *shape: [(products.Config(64, 32, 4, 3), 2)])
     problem = products.Problem(3, 70, 96, torch.bfloat16, torch.device("cpu"), 1)
@@ -337,7 +337,9 @@ def test_make_gpu_takes_every_file_that_has_gpu_tests() -> None:
 
 def test_gpu_steps_are_stopped_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a step printed before and while it was stopped is kept."""
-    watched = runpy.run_path(str(BENCHMARKS / "gpu.py"))["watched"]
+    gpu = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    watched = gpu["watched"]
+    gpu["heed_interrupts"]()
     hangs = "import time; print('begun', flush=True); time.sleep(60)"
     assert watched([sys.executable, "-c", hangs], 1.5, os.environ, tmp_path / "log") == 1
     assert watched([sys.executable, "-c", "print('done'); raise SystemExit(3)"], 20, os.environ, tmp_path / "log") == 3
