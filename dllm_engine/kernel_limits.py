@@ -30,6 +30,11 @@ def check_device(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: on {x.device}; CUDA tensors, or TRITON_INTERPRET=1, which interprets, slowly")
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def unavailable() -> str:
     """Why no kernel can run on this machine, "" if some can."""
     if importlib.util.find_spec("triton") is None:
@@ -63,6 +68,6 @@ def block_attention_unavailable(device: torch.device, dtype: torch.dtype, head_d
         version = importlib.import_module("triton").__version__
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if tuple(int(part) for part in version.split(".")[:2]) < TRITON:
+    if release(version) < TRITON:
         return f"triton {TRITON[0]}.{TRITON[1]} or newer is needed, this is {version}"
     return ""

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_engine import kernel_limits
-from dllm_engine.kernel_limits import interpreted
+from dllm_engine.kernel_limits import interpreted, release
 from dllm_engine.kernels.absorb import absorb, first_at
 from dllm_engine.kernels.merge import NEG_INF, NO_ID, PROGRESS, finish_rows, finish_step
 from dllm_engine.kernels.tiles import BUSY, NARROW, PRECISE, PRECISE_BUSY, WIDE, Config, candidates
 from dllm_engine.step import Step
 
-COPIES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)  # the oldest that this has run with
+COPIES = release(triton.__version__) >= (3, 6)  # the oldest that this has run with
 if COPIES:
     from triton.tools.tensor_descriptor import TensorDescriptor
 

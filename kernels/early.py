@@ -1,8 +1,8 @@
 """Kernels that are launched before the one ahead of them has ended (programmatic dependent launch, sm_90).
 
-What does not depend on that one, from the launch itself to asking for the first weights, then costs no time of its own.
-Such a kernel may touch nothing that another one writes before `begin` returns, and every thread must come through it:
-that a kernel has ended then means that all before it have.
+What does not depend on that one, the launch itself above all, then costs no time of its own. Such a kernel may touch
+nothing that another one writes before `begin` returns, and every thread must come through it: that a kernel has ended
+then means that all before it have.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_engine.kernel_limits import too_old
+from dllm_engine.kernel_limits import release, too_old
 
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5):
+if release(triton.__version__) >= (3, 5):
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""

@@ -24,22 +24,8 @@ POINTERS = {
     "parts": "fp32", "cos": "fp32", "sin": "fp32", "columns": "i64",
 }  # fmt: skip
 # pointers to the model's dtype
-DATA = (
-    "hidden",
-    "head",
-    "hidden_tiles",
-    "head_tiles",
-    "q",
-    "keys",
-    "values",
-    "out",
-    "x",
-    "delta",
-    "weight",
-    "total",
-    "qkv",
-    "gate_up",
-)
+DATA = ("hidden", "head", "hidden_tiles", "head_tiles", "q", "keys", "values", "out", "x", "delta", "weight", "total")
+DATA += ("qkv", "gate_up")
 STRIDES = [f"{name}_{of}" for name in ("q", "key", "value", "out", "cache") for of in ("batch", "head", "row")]
 STRIDES += ["hidden_stride", "head_stride", "x_row", "delta_row", "qkv_batch", "qkv_row", "table_batch", "table_row"]
 # as Triton finds them for a real model

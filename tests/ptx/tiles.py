@@ -15,6 +15,11 @@ from ptx.warp import Unit
 CHUNK = 16  # bytes that a swizzle leaves together
 
 
+def swizzled(at: Array, line: int) -> Array:
+    """Where in shared memory the bytes of lines of 32, 64 or 128 go that would otherwise be at ``at``."""
+    return at ^ (at >> 7 & line // CHUNK - 1) << 4
+
+
 class TileMap(NamedTuple):
     """What a launch passes as a tensor map.
 
@@ -101,8 +106,7 @@ class CopyEngine(Unit):
             if place % 128:
                 raise Fault("a tile goes to an address that is no multiple of 128")
             values = self.tile(machine, source, row, column, int(machine.warps[thread]))
-            at = place + np.arange(values.size // CHUNK) * CHUNK
-            at ^= (at >> 7 & source.line // CHUNK - 1) << 4
+            at = swizzled(place + np.arange(values.size // CHUNK) * CHUNK, source.line)
             warps = np.full(len(at), machine.warps[thread], np.int32)
             machine.shared.put(at, np.full((len(at), CHUNK), POISON, np.uint8), warps, "a tile goes")
             barrier.copies.append((at, values.reshape(-1, CHUNK)))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_engine.kernel_limits import release
 from ptx.machine import Machine
 from ptx.memory import Fault, memory_of
 from ptx.text import parse
@@ -79,9 +80,9 @@ class Device:
         entry = machine.kernel
         self.launches.append(entry.name)
         grid = grid(given) if callable(grid) else grid
-        # scratch memory that the compiler may ask for: none
         places = iter(machine.tiles)
         arguments = [(tile_map(v, next(places)), None) if hasattr(v, "block_shape") else (v, d) for v, d in arguments]
+        # scratch memory that the compiler may ask for: none
         arguments += [(0, np.uint64)] * (len(entry.parameters) - len(arguments))
         if options.get("launch_pdl", False) != machine.dependent:
             raise Fault(f"{entry.name}: launched early and does not wait, or waits and is not launched early")
@@ -115,7 +116,7 @@ def _for_old_triton(signature: Any, constants: Any, attributes: Any) -> tuple[An
     """Triton 3.2 takes names, no types of constants, and an object."""
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 2):
+    if release(triton.__version__) > (3, 2):
         return signature, constants, attributes
     from triton.backends.compiler import AttrsDescriptor
 

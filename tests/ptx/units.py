@@ -10,7 +10,7 @@ import numpy as np
 from ptx.memory import POISON, SEVERAL, Array, Fault
 from ptx.ops import from_bf16
 from ptx.text import Instruction, Operand
-from ptx.tiles import CopyEngine
+from ptx.tiles import CopyEngine, swizzled
 from ptx.warp import WARP, Atomic, Election, Reduction, Shuffle, Unit, Vote, check_whole
 
 LANE = np.arange(WARP)
@@ -271,9 +271,7 @@ def _lines(descriptor: int, rows: int, turned: bool) -> tuple[Array, int]:
     else:  # a swizzle leaves 16 bytes together
         at = row // 8 * stride + row % 8 * swizzle + column[:, ::8] * 2
         size = 16
-    at = (start + at).reshape(-1)
-    at ^= (at >> 7 & swizzle // 16 - 1) << 4
-    return at // size, size
+    return swizzled((start + at).reshape(-1), swizzle) // size, size
 
 
 def units() -> dict[str, Unit]:
